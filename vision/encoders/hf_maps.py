@@ -130,8 +130,8 @@ def _in_units(config: Any, module: nn.Module, args: tuple[Tensor, ...], out: tup
     from transformers.models.hiera.modeling_hiera import unroll
 
     schedule = [config.query_stride] * (len(config.depths) - 1)
-    size = tuple(args[0].shape[-2:])
-    return (unroll(out[0], image_shape=size, patch_stride=config.patch_stride, schedule=schedule), *out[1:])
+    height, width = args[0].shape[-2:]
+    return (unroll(out[0], image_shape=(height, width), patch_stride=config.patch_stride, schedule=schedule), *out[1:])
 
 
 def _cut(spec: Any, count: int, cls: Any) -> Any:

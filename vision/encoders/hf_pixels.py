@@ -16,9 +16,12 @@ from zoo.vision.images.processors import RESAMPLES, class_named
 _WARPED = 384  # `shortest_edge` from which ConvNextImageProcessor squashes images, as their authors evaluated them
 
 
+Colours = tuple[float, float, float]
+
+
 @dataclass(frozen=True)
 class StatedPixels:
-    """Values of an image processor; empty or 0 where it has none.
+    """Values of an image processor; None, empty or 0 where it has none.
 
     Attributes:
         mean, std: of RGB in [0, 1].
@@ -27,8 +30,8 @@ class StatedPixels:
         shortest: side in pixels, where no height is stated.
     """
 
-    mean: tuple[float, ...] = ()
-    std: tuple[float, ...] = ()
+    mean: Colours | None = None
+    std: Colours | None = None
     resample: str = ""
     fit: str = ""
     height: int = 0
@@ -59,8 +62,8 @@ def stated_pixels(source: str) -> StatedPixels:
         fit = "squash"
     plain = known("do_normalize") is False
     return StatedPixels(
-        (0.0,) * 3 if plain else _colours(source, "image_mean", known("image_mean")),
-        (1.0,) * 3 if plain else _colours(source, "image_std", known("image_std")),
+        (0.0, 0.0, 0.0) if plain else _colours(source, "image_mean", known("image_mean")),
+        (1.0, 1.0, 1.0) if plain else _colours(source, "image_std", known("image_std")),
         next((name for number, name in RESAMPLES.items() if known("resample") == number), ""),
         fit,
         (crop or size).get("height", 0),
@@ -81,11 +84,12 @@ def _sides(source: str, key: str, value: Any, square: bool = True) -> dict[str, 
         raise ZooError(f"The image processor of {source!r} states {key}={value!r:.80}, which is not a size.") from error
 
 
-def _colours(source: str, key: str, value: Any) -> tuple[float, ...]:
+def _colours(source: str, key: str, value: Any) -> Colours | None:
     """Return a number for each colour; one number is that of all three."""
     each = value if isinstance(value, Sequence) and not isinstance(value, str) else [value] * 3
     if value is None or not each:
-        return ()
+        return None
     if len(each) != 3 or not all(isinstance(number, (int, float)) for number in each):
         raise ZooError(f"The image processor of {source!r} states {key}={value!r:.80}: three numbers are needed.")
-    return tuple(float(number) for number in each)
+    red, green, blue = (float(number) for number in each)
+    return red, green, blue
