@@ -1,6 +1,8 @@
 """From overrides to one typed config: slots, presets, saved models, and what is refused."""
 
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -8,7 +10,7 @@ from omegaconf import OmegaConf
 
 from zoo import ZooError
 from zoo.registry import build
-from zoo.settings import presets
+from zoo.settings import config, presets
 from zoo.settings.config import compose, slots_of, validate
 from zoo.settings.schema import RunRoot
 from zoo.settings.stage import Stage
@@ -363,3 +365,20 @@ def test_a_run_on_any_data_is_scored_on_the_same(tmp_path):
     (tmp_path / "model" / "config.json").write_bytes(card.read_bytes())
     again = compose("eval", [f"model=dir:{tmp_path}"])
     assert OmegaConf.to_container(again.data, resolve=True) == OmegaConf.to_container(cfg.data, resolve=True)
+
+
+def test_threads_compose_one_after_the_other(monkeypatch):
+    inside, most, prepare = [], [], config.prepare
+
+    def slow(*given):
+        inside.append(given)
+        most.append(len(inside))
+        time.sleep(0.02)
+        inside.pop()
+        return prepare(*given)
+
+    monkeypatch.setattr(config, "prepare", slow)
+    words = [["model=scenes_tiny", "pruner=[random]", f"pruner.random.keep_ratio=0.{i}"] for i in (3, 4, 5)]
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(lambda given: compose("load", given), words))
+    assert [cfg.pruner.random.keep_ratio for cfg in found] == [0.3, 0.4, 0.5] and set(most) == {1}

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from threading import RLock
 from typing import Any
 
 from zoo.registry import MANY, POSITIONS, ZooError, config_of, unknown
@@ -15,6 +16,9 @@ from zoo.registry.table import SLOT_KINDS, group_of
 from zoo.settings.overrides import prepare
 from zoo.settings.schema import CONFIG_NAME, SECTIONS, RunRoot
 from zoo.settings.stage import MASTER_WEIGHTS, PRECISIONS
+
+# Hydra composes by state of the process, where presets are stored, too; pages and programs load models in threads.
+_ONE_AT_A_TIME = RLock()
 
 # Groups of Hydra's own: the texts of its --help, where it logs and writes, how it sweeps. A config has nothing of them,
 # and to read them takes a fifth of composing it.
@@ -61,7 +65,7 @@ def compose(command: str = "load", overrides: Sequence[str] = (), config_dir: st
     Raises:
         ZooError: the config has a mistake.
     """
-    with explained():
+    with _ONE_AT_A_TIME, explained():
         prepared = prepare(command, overrides, config_dir)
         from hydra import compose as hydra_compose
 
