@@ -35,6 +35,14 @@ def test_as_many_tokens_come_out_as_were_counted(options):
         assert len(out) == counts.count(one) <= counts.num_tokens(4)
 
 
+@pytest.mark.parametrize("grid", [(4, 2), (2, 4), (3, 3)])
+def test_a_large_grid_is_scaled_to_the_tokens_of_so_many_crops(grid):
+    n = math.prod(grid)
+    made = layout(grid=grid, num_tokens=n, encoder_grid=grid, newline=False, max_crops=1)
+    _, lines, columns = made._shape(cut((32, 32), made))  # of four crops
+    assert n / 2 <= lines * columns <= n, (lines, columns)
+
+
 def test_crops_stand_where_they_were_in_the_image():
     """A loop over lines and columns of the joined grid, token by token."""
     made = layout()

@@ -1,11 +1,13 @@
 """MoExtend: its equations, what stays as it was to the bit, its balance, its choice of layers, merging."""
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch.nn import functional as F
 
+from tests.conftest import tiny_slots
 from tests.fusion_builders import VOCAB, adapter_on, features, llm_node, padded_batch, same_state, tiny_llm
 from zoo.checking.checker import RefusedError, check
 from zoo.checking.plan import Plan
@@ -13,6 +15,7 @@ from zoo.composed.assembly import assemble
 from zoo.fusion.adapters import expert_shift, extended_layer
 from zoo.registry import ZooError
 from zoo.registry.forward_pass import running
+from zoo.settings.stage import Stage
 
 FAMILIES = ["mixtral", "qwen2_moe", "qwen3_moe"]
 KERNELS = ["eager", "grouped_mm", "batched_mm"]
@@ -228,6 +231,16 @@ def test_under_the_guard_text_alone_gives_every_parameter_a_gradient():
     adapter.condition(None, [0, 0])
     logits(llm, padded_batch()[0]).sum().backward()
     assert all(p.grad is not None and not p.grad.any() for p in adapter.parameters())
+
+
+@pytest.mark.parametrize("guard", [True, False])
+def test_under_the_guard_a_row_is_one_sample(guard):
+    """Beside one with an image, text in a packed row would use the new experts."""
+    slots = tiny_slots(llm=llm_node("mixtral"), adapter={"moextend": {"layers": [0], "guard": guard}})
+    plan = Plan(slots, vocab_size=360, stages={"main": Stage(train=["adapter"], steps=1, pack_length=64)})
+    why = "pack_length=64 puts several samples into a row, and adapter 'moextend'"
+    with pytest.raises(RefusedError, match=why) if guard else nullcontext():
+        check(plan)
 
 
 @torch.no_grad()

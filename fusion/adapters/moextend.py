@@ -103,6 +103,7 @@ class MoExtend(Adapter, nn.Module):
             {str(i): ExtendedLayer(blocks[i], sources[i], self.passes, **sizes) for i in sorted(chosen)}
         )
         self._undo: list[Any] = []
+        self.per_row = config.guard  # of a row, not of its samples, it is known whether there are images
         self.merged = False  # for good
 
     blocks: dict[int, Any]

@@ -324,7 +324,7 @@ class AnyRes(Layout, nn.Module):
             left = (columns - int(round(width * (lines / height), 7))) // 2
         lines, columns = lines - 2 * top, columns - 2 * left
         if self.config.max_crops:
-            ratio = math.sqrt(lines * columns / (self.config.max_crops * h**2))
+            ratio = math.sqrt(lines * columns / (self.config.max_crops * h * w))
             if ratio > 1.1:  # the released threshold: small excesses are not worth resampling
                 lines, columns = int(lines // ratio), int(columns // ratio)
         return (top, left), lines, columns
