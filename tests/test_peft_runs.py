@@ -81,6 +81,31 @@ def test_a_run_that_is_cut_goes_on_to_the_same_weights(tmp_path, method):
     assert found.keys() == wanted.keys() and all(torch.equal(found[n], wanted[n]) for n in wanted)
 
 
+@pytest.mark.parametrize("method", ["eva", "corda"])
+def test_what_began_from_data_is_there_after_a_resume_where_nothing_trained_it_yet(tmp_path, method):
+    """A stage that trains the projector alone, beside the adapter: its values are in the checkpoint all the same."""
+
+    class Cut(Exception):
+        pass
+
+    stages = {
+        "align": "steps: 1, batch_size: 4, train: [projector]",
+        "tune": "steps: 1, batch_size: 4, train: [adapter]",
+    }
+    run = Run(config(recipe(tmp_path, stages), *words(method, tmp_path / "run")))
+
+    def cut(engine, inner=run._save):
+        inner(engine)
+        raise Cut
+
+    run._save = cut
+    with pytest.raises(Cut):
+        run.train()
+    wanted = weights(run)
+    found = weights(Run(compose("train", [f"resume={tmp_path / 'run'}"])))
+    assert wanted and all(torch.equal(found[n], wanted[n]) for n in wanted)
+
+
 def test_two_processes_begin_as_one(tmp_path):
     """EVA reads the same batches in each, and what follows is averaged: the weights of one process."""
     alone = Run(config(recipe(tmp_path / "a", STAGES), *words("eva", tmp_path / "a" / "run")))

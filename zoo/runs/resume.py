@@ -31,7 +31,7 @@ class Progress:
     step: int = 0  # finished steps of the stage
     global_step: int = 0  # finished steps of the run
     streams: dict[str, Any] = field(default_factory=dict)  # data name -> state of the stream
-    trained: list[str] = field(default_factory=list)  # names of weights that any stage trained
+    trained: list[str] = field(default_factory=list)  # names of weights that a stage trained or an adapter began with
     seen: int = 0  # samples of the stage, over all processes
     left_out: int = 0  # broken ones of these
     seconds: float = 0.0  # of training, summed over the times that the run was resumed

@@ -12,6 +12,7 @@ import torch
 
 from zoo.composed.outputs import LOSS_ALONE
 from zoo.runs.batches import Batches
+from zoo.runs.checkpoint import tensors_of
 from zoo.runs.order import ShardPosition
 from zoo.settings.stage import Stage
 from zoo.storage.precision import autocast
@@ -22,6 +23,20 @@ from zoo.training.step import Engine, reseed
 def begins_in(name: str, stages: Mapping[str, Stage]) -> int:
     """The first stage in which an adapter acts: one that is detached in the first n stages begins in stage n."""
     return sum(name in stage.detach for stage in stages.values())
+
+
+def keep_beginning(run: Any, name: str) -> None:
+    """Have checkpoints hold an adapter's weights from now on, also where no stage trained them yet.
+
+    They are made from data, or from weights that may train meanwhile: a resumed run would not make the same ones.
+
+    Args:
+        run: `zoo.training.loop.Run`.
+        name: of the adapter.
+    """
+    named = {n for n, t in tensors_of(run.model).items() if isinstance(t, torch.nn.Parameter)}
+    own = {f"model.{n}" for n in named if run.model.part_of(n) == f"adapter.{name}"}
+    run.progress.trained = sorted({*run.progress.trained, *own})
 
 
 def calibrate_adapters(run: Any, index: int, engine: Engine, options: Mapping[str, Any]) -> None:
@@ -47,6 +62,7 @@ def calibrate_adapters(run: Any, index: int, engine: Engine, options: Mapping[st
         adapter.calibrate([partial(_pass, run.model, batch, engine) for batch in given])
         for tensor in [*adapter.parameters(), *adapter.buffers(), *adapter.adapter_state_dict().values()]:
             _same_everywhere(tensor)
+        keep_beginning(run, name)
         engine.resume_training()
 
 

@@ -16,7 +16,7 @@ from zoo.runs.sharding import gathers_short, shard
 from zoo.runs.tensor_parallel import require_divisible
 from zoo.storage.atomic import written_beside
 from zoo.storage.weights import fingerprint
-from zoo.training.calibration import begins_in
+from zoo.training.calibration import begins_in, keep_beginning
 from zoo.training.step import reseed
 
 
@@ -113,5 +113,6 @@ def start_adapters(run: Any, stages: range) -> bool:
         if begins and begins in stages:
             reseed(run.cfg.seed, begins, -4)
             adapter.start()
+            keep_beginning(run, name)
             found = True
     return found
