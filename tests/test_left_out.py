@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 from torch import nn
-from transformers import DynamicCache
+from transformers import DynamicCache, GenerationConfig
 
 from tests.conftest import ANSWERS, QUESTIONS, sample
 from tests.test_positions import WAYS, batch_of, made, pruned, step_by_step
@@ -228,8 +228,14 @@ def test_lengths_that_include_the_prompt_count_all_of_it(make_model, pruners):
     model.generation_config.eos_token_id = None
     batch = processor.collate([processor.encode_prompt(s := sample((QUESTIONS[0], "yes")), s.dialogs[0])])
     length = batch["input_ids"].shape[1]
-    out = model.generate(batch["input_ids"], batch["pixel_values"], max_length=length + 4, do_sample=False)
-    assert out.shape[1] == length + 4
+    given = batch["input_ids"], batch["pixel_values"]
+    assert model.generate(*given, max_length=length + 4, do_sample=False).shape[1] == length + 4
+    config = GenerationConfig(max_length=length + 4)
+    assert model.generate(*given, generation_config=config).shape[1] == config.max_length == length + 4
+    model.generation_config.max_length = length + 5  # as Vicuna states one
+    assert model.generate(*given, do_sample=False).shape[1] == length + 5
+    assert model.generate(*given, generation_config=GenerationConfig(do_sample=False)).shape[1] == length + 5
+    assert model.generate(*given, max_new_tokens=7).shape[1] == length + 7
 
 
 def test_a_loop_of_ones_own_with_a_mask_of_the_whole_prompt(make_model, pruners):

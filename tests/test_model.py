@@ -137,6 +137,11 @@ def test_generate_refuses_padding_on_the_right(make_model):
     batch = processor.collate([processor.encode(s) for s in mixed_samples()])
     with pytest.raises(ZooError, match="padding on the left"):
         model.generate(batch["input_ids"], batch["pixel_values"], batch["attention_mask"])
+    with pytest.raises(ZooError, match=r"input_ids \(B, T\), got \(\d+,\); one prompt is input_ids\[None\]"):
+        model.generate(batch["input_ids"][0])
+    for mask in (batch["attention_mask"][:, 1:], batch["attention_mask"][:1], batch["attention_mask"][0]):
+        with pytest.raises(ZooError, match=r"attention_mask .* as many columns as input_ids"):
+            model.generate(batch["input_ids"], batch["pixel_values"], mask)
 
 
 def test_saved_and_loaded_gives_the_same_logits(make_model, tmp_path):

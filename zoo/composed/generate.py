@@ -95,10 +95,7 @@ class GenerateMixin(nn.Module):
             raise ZooError(
                 "generate takes input_ids and puts image tokens where their placeholders are: no inputs_embeds."
             )
-        if attention_mask is not None and not bool(attention_mask[:, -1].all()):
-            raise ZooError(
-                "generate needs padding on the left: the last token of some row is padding. Set padding_side='left'."
-            )
+        generate_options.check_rows(input_ids, attention_mask)
         lm = generator_of(self.llm.lm)
         options = generate_options.options_of(generation_config, kwargs)
         generate_options.check_names(lm, kwargs, drafts=bool(options.get("is_assistant")))
@@ -141,7 +138,7 @@ class GenerateMixin(nn.Module):
         if left.columns is not None:
             prompt.shift, prompt.columns = left.shift, left.columns
         if gone := written.shape[1] - input_ids.shape[1]:
-            generation_config = generate_options.shorten(generation_config, kwargs, gone)
+            generation_config = generate_options.shorten(generation_config, kwargs, gone, self.generation_config)
         asked = generate_options.options_of(self.generation_config, {}) | options
         if prompt.image is not None:
             generate_options.check_parts(asked, input_ids.shape[1], self.inside_pruners, self.adapter)

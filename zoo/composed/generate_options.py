@@ -10,6 +10,7 @@ from copy import copy
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from zoo.registry import ZooError, nearest
 
@@ -74,16 +75,31 @@ def options_of(config: Any, given: Mapping[str, Any]) -> dict[str, Any]:
     return {n: v for n, v in (named | dict(given)).items() if v is not None and n not in _NO_FIELDS}
 
 
-def shorten(config: Any, given: dict[str, Any], columns: int) -> Any:
-    """Take `columns` of the prompt off the lengths that include it, in keywords and a `generation_config`."""
-    lengths = ("max_length", "min_length")
-    given |= {n: max(0, given[n] - columns) for n in lengths if isinstance(given.get(n), int)}
-    if config is None or not any(isinstance(getattr(config, n, None), int) for n in lengths):
-        return config
+def shorten(config: Any, given: dict[str, Any], columns: int, own: Any = None) -> Any:
+    """Take `columns` of the prompt off the lengths that include it, in keywords and a `generation_config`.
+
+    Args:
+        config: the `generation_config` of the call.
+        given: its keywords, which are changed.
+        columns: that the language model does not get.
+        own: the model's generation config, whose lengths hold where the call states none.
+
+    Returns:
+        The `generation_config` of the call, or a copy of it with other lengths.
+    """
+    stated = options_of(own, {}) | options_of(config, given)
+    lengths = {n: max(0, stated[n] - columns) for n in ("max_length", "min_length") if isinstance(stated.get(n), int)}
+    if "max_new_tokens" in stated:  # it has precedence
+        lengths.pop("max_length", None)
+    if config is None:
+        given |= lengths
+        return None
     config = copy(config)
-    for name in lengths:
-        if isinstance(value := getattr(config, name, None), int):
-            setattr(config, name, max(0, value - columns))
+    for name, length in lengths.items():
+        if name in given:
+            given[name] = length
+        else:
+            setattr(config, name, length)
     return config
 
 
@@ -107,6 +123,27 @@ def check_names(lm: Any, given: Mapping[str, Any], drafts: bool = False) -> None
             near = nearest(name, known)
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise ZooError(f"generate has no option named {name!r}.{hint}")
+
+
+def check_rows(input_ids: Tensor, mask: Tensor | None) -> None:
+    """Refuse ids that are not (B, T), and a mask that does not fit to them or pads on the right.
+
+    Raises:
+        ZooError: with the shapes.
+    """
+    if input_ids.dim() != 2:
+        raise ZooError(f"generate takes input_ids (B, T), got {tuple(input_ids.shape)}; one prompt is input_ids[None].")
+    if mask is None:
+        return
+    if mask.dim() != 2 or len(mask) != len(input_ids) or mask.shape[1] < input_ids.shape[1]:
+        raise ZooError(
+            f"generate takes an attention_mask (B, T) of the same rows and at least as many columns as input_ids "
+            f"{tuple(input_ids.shape)}, got {tuple(mask.shape)}."
+        )
+    if not bool(mask[:, -1].all()):
+        raise ZooError(
+            "generate needs padding on the left: the last token of some row is padding. Set padding_side='left'."
+        )
 
 
 def check_options(options: Mapping[str, Any]) -> None:
