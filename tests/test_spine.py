@@ -103,6 +103,7 @@ LEAVES = {
         "zoo/text/chat_template.py",
         "zoo/text/placeholders.py",
         "zoo/text/plain_text.py",
+        "zoo/text/processor_chat.py",
         "zoo/text/questions.py",
         "zoo/text/stops.py",
         "zoo/text/token_cache.py",
