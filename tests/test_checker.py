@@ -1,19 +1,24 @@
 """The check: what does not fit is refused with its reason and fixes that fit; what passes really runs."""
 
 import itertools
+import json
 import random
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from torch import nn
 
 from tests.conftest import ANSWERS, QUESTIONS, sample, tiny_slots
 from zoo import registry
 from zoo.checking import checker
 from zoo.checking.checker import RefusedError, check, show
-from zoo.checking.plan import Plan
+from zoo.checking.data_check import check_data
+from zoo.checking.plan import Plan, plan_from
 from zoo.registry import ImageFeatures, Pruner, ZooError
+from zoo.settings.config import compose
 from zoo.settings.stage import Stage
 from zoo.text.sizes import size_text
 
@@ -163,6 +168,7 @@ FAULTS = [
     ("a distiller that needs a teacher", stage(distiller="needs_teacher"), "needs a teacher: set stages.main.teacher"),
     ("a teacher without a distiller", stage(teacher="scenes_tiny"), "a teacher is named, but no distiller"),
     ("unknown distiller", stage(distiller="dence"), "Did you mean 'dense'"),
+    ("packed rows beyond a sliding window", {**llm(model_type="mistral", extra={"sliding_window": 96}), **stage(pack_length=128)}, "longer than the LLM's sliding window of 96.*pack_length=null"),
     ("nothing to learn", stage(loss_weights={"answer": 0.0}), "nothing is learnt"),
 ]  # fmt: skip
 
@@ -424,3 +430,53 @@ def test_as_many_layers_are_run_as_tell_something(family, options, layers, monke
     with pytest.raises(ZooError, match=f"llm 'hf' of type '{family}' fails when it is run"):
         counts._check_llm(node, llm)
     assert run[len(layers) :] == sorted({*layers, llm.num_layers})
+
+
+STREAM = {"name": "hf", "streaming": True}
+
+
+@pytest.fixture
+def records(tmp_path):
+    """A file whose first record is broken."""
+    good = [{"id": str(i), "question": "what?", "answer": "yes"} for i in range(4)]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(record) + "\n" for record in [{"id": "x"}, *good]))
+    return tmp_path / "d.jsonl"
+
+
+@pytest.mark.parametrize(
+    "length, reason",
+    [
+        ({"epochs": 1}, "is a stream without a length: give the stage steps, not epochs"),
+        ({"steps": 1, "balance": True}, "balance needs data of known length"),
+        ({"steps": 1, "length_buckets": True}, "length_buckets needs data of known length"),
+    ],
+)
+def test_streams_are_not_asked_for_a_length(length, reason, records):
+    """Of a later stage, too, whose turn comes when the others are trained."""
+    nodes = {"rows": {**STREAM, "path": str(records)}}
+    stages = {"a": Stage(steps=1), "b": Stage(**length)}
+    cfg = OmegaConf.create({"data": nodes, "task": {}, "skip_broken": True, "limit": None})
+    cfg.stages = {name: OmegaConf.structured(stage) for name, stage in stages.items()}
+    report = check(plan_with({"stages": {name: lambda s=s: s for name, s in stages.items()}}))
+    with pytest.raises(ZooError, match=f"Stage 'b': .*{reason}"):
+        check_data(cfg, report.stages)
+
+
+@pytest.mark.parametrize("skip", [True, False])
+def test_the_form_of_data_is_that_of_a_record_that_can_be_read(skip, records):
+    nodes = {"rows": {"name": "chat_json", "file": str(records), "check": False}}
+    cfg = OmegaConf.create({"data": nodes, "task": {}, "skip_broken": skip, "limit": None})
+    cfg.stages = {"main": OmegaConf.structured(Stage(steps=1))}
+    report = check(plan_with({"pruner": {"sparsevlm": {}}, **stage()}))
+    assert report.stages[0].one_dialog
+    with nullcontext() if skip else pytest.raises(ZooError, match="sample 'x'"):
+        assert check_data(cfg, report.stages) == []
+
+
+def test_a_part_of_a_split_trains_where_the_rest_is_for_evaluation(records):
+    """By one rule in the check and in the run (`zoo.runs.data`)."""
+    words = ["recipe=null", "model=scenes_tiny", "+stages.a.steps=1", "data=[hf]", f"data.hf.path={records}"]
+    words += ["data.hf.split='train[:75%]'"]
+    with pytest.raises(RefusedError, match=r"no data to train on. The run has hf \(split train\[:75%\]\)"):
+        check(plan_from(compose("train", words)), fixes=0)
+    check(plan_from(compose("train", [*words, "data.hf.eval_split='train[75%:]'"])))

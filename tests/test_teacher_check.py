@@ -135,6 +135,7 @@ REFUSED = {
         "plain",
         distiller={"name": "kl", "hidden_layers": {-1: -1}},
         reason="one width: the student has 32, the teacher 48",
+        fix="~stages.dft.distiller.hidden_layers",
     ),
     "a head on text alone needs no teacher": Case(
         "plain", distiller="dense", reason="'dense' asks nothing of a teacher"

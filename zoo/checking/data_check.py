@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from zoo.checking.stage_check import Stagecheck
-from zoo.registry import Sample, ZooError, build
-from zoo.runs.data import RunData
+from zoo.registry import RecordError, Sample, ZooError, build
+from zoo.runs.data import RunData, spread_over
 from zoo.runs.scored import require_dialogs
+from zoo.settings.stage import stages_of
 from zoo.text.sizes import size_text
 
 _LARGE = 64 * 2**20  # bytes; a larger file is not read by the check, which is to be quick
+_TRIED = 20  # samples that are read where the first ones are broken, and broken ones are left out
 
 
 def check_data(cfg: Any, stages: Sequence[Stagecheck] = ()) -> list[str]:
@@ -37,14 +39,27 @@ def check_data(cfg: Any, stages: Sequence[Stagecheck] = ()) -> list[str]:
     tasks = {str(name): build("task", node) for name, node in cfg.task.items()}
     if tasks and not notes:
         require_dialogs(data.evaluation or data.all, tasks, cfg.limit)
+    settings = stages_of(cfg)
     for stage in stages:
-        mix = cfg.stages[stage.name].data
+        if not notes:  # else a data set that the stage may name is not there
+            data.require_order(stage.name, settings[stage.name])
+        mix = settings[stage.name].data
         for name, dataset in (data.all if mix else data.training).items():
             if (not mix or mix.get(name)) and (stage.one_dialog or stage.needs):  # one sample shows its form
-                first = next(iter(dataset.stream(0, 0)), None) if dataset.is_stream else dataset.get(0)
+                first = _first(str(name), dataset, skip_broken=bool(settings[stage.name].skip_broken))
                 if first is not None:
                     _check_sample(stage, str(name), first)
     return notes
+
+
+def _first(name: str, dataset: Any, skip_broken: bool) -> Sample | None:
+    """Return a sample of a data set, the first where it can be read; None: a few that were tried are broken."""
+    for sample in spread_over(name, dataset, _TRIED):
+        if not isinstance(sample, RecordError):
+            return sample
+        if not skip_broken:
+            raise sample
+    return None
 
 
 def _check_sample(stage: Stagecheck, name: str, sample: Sample) -> None:

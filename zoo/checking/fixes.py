@@ -194,13 +194,15 @@ def _other_teaching(plan: "Plan", name: str, stage: Any) -> Iterator[tuple[str, 
     less: tuple[dict[str, Any], ...] = (  # losses with the strictest demands on a teacher
         {"visual_weight": 0.0, "relation_weight": 0.0},
         {"relation_weight": 0.0},
-        {"hidden_layers": {}},
     )
     for off in less:
         if off.keys() <= known:
             changed = replace(stage, distiller={**own, **off})
             text = ",".join(f"{k}:{v}" for k, v in {**own, **off}.items() if not isinstance(v, (dict, list)))
             yield f"stages.{name}.distiller={{{text}}}", replace(plan, stages={**plan.stages, name: changed})
+    if "hidden_layers" in own:  # an override merges mappings: only `~` removes the layers
+        changed = replace(stage, distiller={k: v for k, v in own.items() if k != "hidden_layers"})
+        yield f"~stages.{name}.distiller.hidden_layers", replace(plan, stages={**plan.stages, name: changed})
 
 
 def _shown(value: Any) -> str:

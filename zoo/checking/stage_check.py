@@ -121,6 +121,12 @@ def _check_rows(stage: Any, model: Any, plan: Any) -> None:
             f"pack_length={stage.pack_length} puts several samples into a row, and attention={plan.attention} takes no "
             "mask that keeps them apart: set pack_length=null, or attention=auto."
         )
+    window = getattr(model.llm.lm.config.get_text_config(), "sliding_window", None)
+    if stage.pack_length is not None and window and stage.pack_length > window:
+        raise ZooError(
+            f"pack_length={stage.pack_length} makes rows that are longer than the LLM's sliding window of {window}, "
+            f"which counts the tokens of other samples too: set pack_length=null, or {window} at most."
+        )
     device = device_of(plan)
     if plan.attention == "flex_attention" and not device.startswith("cuda"):
         raise ZooError(f"attention=flex_attention has no backward pass on {device}: it trains on CUDA only.")

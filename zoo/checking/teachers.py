@@ -55,7 +55,7 @@ def check_teacher(name: str, stage: Any, distiller: Distiller, model: Any, plan:
     if distiller.equal_widths and parts.llm.hidden_size != model.llm.hidden_size:
         raise ZooError(
             f"the loss on hidden states needs LLMs of one width: the student has {model.llm.hidden_size}, the teacher "
-            f"{parts.llm.hidden_size}. Set stages.{name}.distiller.hidden_layers={{}}"
+            f"{parts.llm.hidden_size}. Leave it out with ~stages.{name}.distiller.hidden_layers"
         )
     return _bytes_loaded(
         parts, node, resolve_precision(stage.precision or plan.precision, torch.device(device_of(plan)))
@@ -109,10 +109,12 @@ def check_store(
     missing = sorted(n for n in needs if n.startswith("teacher.") and n.partition(".")[2] not in about["positions"])
     if missing:
         what = missing[0].partition(".")[2]
-        off = "hidden_layers: {}" if what == "hidden" else f"{what}_weight: 0"
+        off = f"Set stages.{name}.distiller={{name: {stage.distiller_node['name']}, {what}_weight: 0}}"
+        if what == "hidden":  # an override merges mappings: an empty one changes nothing
+            off = f"Leave them out with ~stages.{name}.distiller.hidden_layers"
         raise ZooError(
             f"the stored teacher in {folder!r} has {' and '.join(about['positions'])} positions, not {what}. "
-            f"Set stages.{name}.distiller={{name: {stage.distiller_node['name']}, {off}}}, or load the teacher"
+            f"{off}, or load the teacher"
         )
     if needs & ON_IMAGES and model.vision is not None and model.vision.native:
         raise ZooError(

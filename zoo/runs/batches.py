@@ -65,10 +65,7 @@ class Batches(Dataset):
                 f"batch_size={stage.batch_size} does not split evenly over {place.world} processes with "
                 f"accumulate={stage.accumulate}; allowed are multiples of {parts}."
             )
-        for option in ("length_buckets", "balance"):
-            if getattr(stage, option) and None in mix.lengths:
-                name = mix.names[mix.lengths.index(None)]
-                raise ZooError(f"{option} needs data of known length, and data {name!r} is a stream.")
+        mix.require_lengths(stage)
         self.image_cost = image_cost  # in tokens, for `balance`
         layout = getattr(
             processor, "layout", None

@@ -7,6 +7,7 @@ from typing import Any
 
 from zoo.registry import RecordError, Sample, ZooError, build, placed, read_sample, source_options
 from zoo.runs.order import Mix
+from zoo.settings.source import split_of
 from zoo.settings.stage import Stage
 
 TEXTS = 2000  # samples of each data set that a new tokenizer is trained on
@@ -27,7 +28,7 @@ class RunData:
     def __init__(self, nodes: Mapping[str, Any], skip_broken: bool = False) -> None:
         self.skip_broken = skip_broken
         self.all = {str(name): build("dataset", self._lenient(node)) for name, node in nodes.items()}
-        self.training = {n: d for n, d in self.all.items() if _trains(nodes[n])}
+        self.training = {n: d for n, d in self.all.items() if split_of(nodes[n]) == "train"}
         self._mixes: dict[tuple, Mix] = {}
 
     def _lenient(self, node: Any) -> Any:
@@ -59,6 +60,17 @@ class RunData:
             )
         return Mix(datasets, stage.data, seed)
 
+    def require_order(self, name: str, stage: Stage) -> None:
+        """Refuse a stage whose samples have no order, before those ahead of it are trained.
+
+        Raises:
+            ZooError: as `mix`, or data is a stream and the stage asks for its length.
+        """
+        try:
+            self.mix(stage, 0).require_lengths(stage)
+        except ZooError as error:
+            raise ZooError(f"Stage {name!r}: {error}") from error
+
     def texts(self) -> Iterator[str]:
         """Yield the messages of `TEXTS` samples of each training data set, at equal distances."""
         for name, dataset in self.training.items():
@@ -70,12 +82,6 @@ class RunData:
                 for dialog in sample.dialogs:
                     for message in dialog.messages:
                         yield from _texts_of(message["content"])
-
-
-def _trains(node: Any) -> bool:
-    """Whether a data set is for training, by its options."""
-    split = str(node.get("split", "train") or "train")
-    return split == "train" or (split.startswith("train[") and bool(node.get("eval_split")))
 
 
 def spread_over(name: str, dataset: Any, most: int) -> Iterator[Sample | RecordError]:

@@ -65,6 +65,19 @@ class Mix:
             raise ZooError(f"data {name!r} is a stream without a length: give the stage steps, not epochs.")
         return round(epochs * sum(n for n in self.lengths if n is not None))
 
+    def require_lengths(self, stage: Any) -> None:
+        """Refuse a stage that asks for the lengths of streams.
+
+        Raises:
+            ZooError: it has epochs instead of steps, or sorts samples, and data of the mix is a stream.
+        """
+        if stage.steps is None:
+            self.samples_in(stage.epochs or 1)
+        for option in ("length_buckets", "balance"):
+            if getattr(stage, option) and None in self.lengths:
+                name = self.names[self.lengths.index(None)]
+                raise ZooError(f"{option} needs data of known length, and data {name!r} is a stream.")
+
     def read(self, member: int, epoch: int, index: int) -> Sample | RecordError:
         """Read a sample; return the error if it is broken."""
         return read_sample(self.names[member], self.datasets[member], index, epoch)

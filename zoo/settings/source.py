@@ -207,7 +207,7 @@ def source_of(cfg: Any, pretrained: bool = True) -> Source:
         plugins=tuple(cfg.plugins),
         **{key: cfg[key] for key in ("positions", "attention", "precision", "master_weights", "device")},
         stages={name: OmegaConf.to_object(stage) for name, stage in cfg.stages.items()},
-        data={str(name): _split(node) for name, node in cfg.data.items()},
+        data={str(name): split_of(node) for name, node in cfg.data.items()},
         typed=typed_of(cfg),
     )
 
@@ -262,7 +262,7 @@ def _in_folder(name: str) -> Source | None:
         slots=with_encoders({slot: parts[slot] for slot in MODEL_SLOTS}),
         tokenizer=tokenizer,
         positions=content.get("positions", "auto"),
-        data={key: _split(node) for key, node in parts["data"].items()},
+        data={key: split_of(node) for key, node in parts["data"].items()},
         typed=Typed("load", (f"model={quoted(name)}",)),
     )
 
@@ -272,8 +272,10 @@ def _completed(kind: str, key: str, node: Any, name: str) -> dict[str, Any]:
     return completed(kind, node)
 
 
-def _split(node: Any) -> str:
-    return str(node.get("split", "train") or "train")
+def split_of(node: Any) -> str:
+    """Return the split of a data set, `train` for a part of it where the rest is an `eval_split`."""
+    split = str(node.get("split", "train") or "train")
+    return "train" if split.startswith("train[") and node.get("eval_split") else split
 
 
 def tokenizer_at(source: str, template: str = "") -> Any:

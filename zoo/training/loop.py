@@ -125,6 +125,8 @@ class Run:
         self.resumed_trained = self.is_trained  # killed after the last stage: saving or scoring is left
         self.skips = self.cfg.skip_broken or any(s.skip_broken for s in self.stages.values())
         self.data = RunData(self.cfg.data, skip_broken=self.skips)
+        for name, stage in self.stages.items():
+            self.data.require_order(name, stage)
         self.source = source_of(self.cfg, pretrained=False)
         self.model, self.processor = compose_model(self)
         self.gather_short = False
