@@ -337,3 +337,8 @@ def test_the_name_of_a_missing_image_that_was_meant(folder, name, meant):
     with pytest.raises(ImageError) as error:
         load(folder, [{"image": name, "question": "q", "answer": "a"}]).get(0)
     assert str(error.value).partition("Did you mean ")[2] == (f"{meant!r}?" if meant else "")
+
+
+def test_a_column_of_ids_that_is_named_has_to_be_there(folder):
+    with pytest.raises(ZooError, match="No field named 'qid2'"):
+        load(folder, [{"qid": 3, "question": "q", "answer": "a"}], id_field="qid2")

@@ -213,3 +213,17 @@ def test_a_class_is_written_by_its_name(tmp_path, streaming):
     said = [s.dialogs[0].messages[-1]["content"][0]["text"] for s in (one, two)]
     assert said == ["red dog", "cat"] and one.dialogs[0].meta == {"all": ["cat", "red dog"]}
     assert "'label' is empty" in str(none)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_images_inside_of_turns_are_not_decoded(tmp_path, streaming):
+    text, image = datasets.Value("string"), {"bytes": png(), "path": None}
+    part = {"type": text, "image": datasets.Image(), "text": text}
+    turns = datasets.List({"role": text, "content": datasets.List(part)})
+    asked = [{"type": "image", "image": image, "text": None}, {"type": "text", "image": None, "text": "q"}]
+    said = [{"type": "text", "image": None, "text": "a"}]
+    rows = {"messages": [[{"role": "user", "content": asked}, {"role": "assistant", "content": said}]]}
+    datasets.Dataset.from_dict(rows, datasets.Features({"messages": turns})).to_parquet(tmp_path / "t.parquet")
+    data = load(tmp_path / "t.parquet", streaming=streaming)
+    sample = next(iter(data.stream())) if streaming else data.get(0)
+    assert sample.images == [png()] and question(sample) == "q"

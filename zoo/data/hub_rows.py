@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
@@ -316,10 +316,17 @@ def _undecoded(rows: Any) -> Any:
     datasets = _library()
     if rows.features is None:  # a stream whose columns are not known before its first row
         rows = rows._resolve_features()
-    plain = datasets.Image(decode=False)
-    for name, feature in rows.features.items():
+
+    def plain(feature: Any) -> Any:
         if isinstance(feature, datasets.Image):
-            rows = rows.cast_column(name, plain)
-        elif isinstance(getattr(feature, "feature", None), datasets.Image):
-            rows = rows.cast_column(name, type(feature)(plain))
+            return datasets.Image(decode=False)
+        if isinstance(feature, dict):
+            return {name: plain(one) for name, one in feature.items()}
+        if isinstance(feature, (datasets.List, datasets.LargeList)):
+            return replace(feature, feature=plain(feature.feature))
+        return feature
+
+    for name, feature in rows.features.items():
+        if (other := plain(feature)) != feature:
+            rows = rows.cast_column(name, other)
     return rows

@@ -68,7 +68,7 @@ class RecordFields:
     @property
     def named(self) -> list[str]:
         """The columns that a person has named, or that the prompt takes: a record has to have them."""
-        own = [self.image_field, self.choices_field, self.kind_field, self.task_field, *self.meta_fields]
+        own = [self.id_field, self.image_field, self.choices_field, self.kind_field, self.task_field, *self.meta_fields]
         return [*filter(None, own), *(name for name in _columns_of(self.prompt) if name != "question")]
 
 
@@ -89,6 +89,7 @@ def read_record(record: Mapping[str, Any], fields: RecordFields, where: str) -> 
         ZooError: a column is missing or wrong; the message begins with `where`.
     """
     images = images_of(record, fields, where)
+    _column(record, fields.id_field, where)
     turns_field = _turns_field(record, fields, where)
     answers: list[str] = []
     if turns_field:
