@@ -178,6 +178,13 @@ def test_a_sweep_in_a_folder_of_any_name(root, ran, tmp_path):
     assert {p.name for p in tmp_path.iterdir()} == {root}
 
 
+def test_two_sweeps_that_are_planned_at_once_do_not_share_a_folder(ran, monkeypatch, capsys):
+    monkeypatch.setattr("zoo.cli.sweep._folder", lambda root: Path(root, "sweeps", "1"))
+    assert main(["train", "-m", "seed=1"]) == 0
+    assert main(["train", "-m", "seed=2"]) == 2 and len(ran) == 1
+    assert "Another sweep has begun in 'runs/sweeps/1' meanwhile" in capsys.readouterr().err
+
+
 def test_a_sweep_runs_equal_jobs_once(ran, capsys):
     assert main(["train", "-m", "pruner=null,random", "pruner.keep_ratio=0.25,0.5"]) == 0
     assert [cfg.pruner.random.keep_ratio if cfg.pruner else None for cfg in ran] == [None, 0.25, 0.5]

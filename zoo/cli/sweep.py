@@ -4,6 +4,7 @@ An option such as `pruner.random.keep_ratio=0.5` is left out of the jobs that do
 equal run once. All jobs are planned, and their values checked, before the first one starts.
 """
 
+import os
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +23,7 @@ from zoo.settings.config import compose, hydra_of_its_own
 from zoo.settings.overrides import SEVERAL, choose, having, load_plugins, parse, prepare, quoted, values
 from zoo.settings.schema import CONFIG_NAME
 from zoo.settings.text_options import TextOptions
+from zoo.storage.atomic import writing
 
 
 @dataclass(frozen=True)
@@ -82,12 +84,20 @@ def run(sweep: Sweep, task: Callable[[Any], Any], config_dir: str | Path | None 
     """Run all jobs with Hydra's launcher: one after the other, or as set by `hydra/launcher=`.
 
     Raises:
-        ZooError: after all jobs, if some failed; each is printed with its reason.
+        ZooError: after all jobs, if some failed; each is printed with its reason. Or before them, if another sweep that
+            was planned at the same time has the folder.
     """
     from hydra._internal.callbacks import Callbacks
     from hydra.core.plugins import Plugins
     from hydra.types import HydraContext, RunMode
 
+    with writing(f"a sweep to {str(sweep.folder)!r}"):
+        try:
+            sweep.folder.mkdir(parents=True)
+        except FileExistsError as error:
+            raise ZooError(
+                f"Another sweep has begun in {str(sweep.folder)!r} meanwhile: start this one again."
+            ) from error
     # Hydra's launcher without its sweeper: the jobs are planned already.
     with hydra_of_its_own(config_dir) as hydra:
         overrides = [*sweep.for_hydra, f"hydra.sweep.dir={quoted(str(sweep.folder))}"]
@@ -102,6 +112,14 @@ def run(sweep: Sweep, task: Callable[[Any], Any], config_dir: str | Path | None 
                 traceback.print_exception(error)
             print(f"sweep: {sweep.folder / str(number)} failed: {error or type(error).__name__}", file=sys.stderr)
         raise ZooError(f"{len(failed)} of {len(sweep.jobs)} runs of the sweep failed: {', '.join(map(str, failed))}.")
+
+
+def _claim(folder: Path) -> None:
+    with writing(f"a sweep to {str(folder)!r}"):
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError as error:
+            raise ZooError(f"Another sweep has begun in {str(folder)!r} meanwhile: start this one again.") from error
 
 
 def _split(parsed: Sequence[Any]) -> list[list[str]]:
