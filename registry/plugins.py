@@ -156,7 +156,7 @@ def _load(name: str, origin: str, point: EntryPoint | None = None, place: str = 
         raise
     except BaseException as error:  # a plugin may even call sys.exit: the rest must work
         first = (str(error).strip() or "no message").splitlines()[0]
-        plugin.error = f"{type(error).__name__}: {first}{_line_of(error)}"
+        plugin.error = f"{type(error).__name__}: {first}{_line_of(error)}{_nearby(name, error)}"
     plugin.adds = sorted(_components() - before)
     return plugin
 
@@ -169,6 +169,17 @@ def _line_of(error: BaseException) -> str:
     folder = str(Path(start).parent)
     lines = [f for f in frames if start and str(Path(f.filename).parent) == folder]
     return f" ({Path(lines[-1].filename).name}, line {lines[-1].lineno})" if lines else ""
+
+
+def _nearby(name: str, error: BaseException) -> str:
+    """Return how to name a module that is in the working folder, where the command `zoo` does not look for modules."""
+    top = name.partition(".")[0]
+    if not isinstance(error, ModuleNotFoundError) or error.name != top:
+        return ""
+    if Path(f"{top}.py").is_file():
+        return f". A file is named by its path: ./{top}.py"
+    found = ". It is in the working folder: install it (pip install -e .), or set PYTHONPATH=."
+    return found if Path(top).is_dir() else ""
 
 
 def _of_imports(filename: str) -> bool:

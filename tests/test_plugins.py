@@ -141,6 +141,19 @@ def test_the_line_of_a_module_that_imports_what_is_missing(tmp_path, monkeypatch
     sys.modules.pop("zoo_deep")
 
 
+@pytest.mark.parametrize(
+    ("wanted", "hint"), [("near.parts", "set PYTHONPATH=."), ("beside", "its path: ./beside.py"), ("far", "")]
+)
+def test_a_module_of_the_working_folder(wanted, hint, tmp_path, monkeypatch):
+    """The command `zoo` does not search the working folder, as `python -m` does."""
+    (tmp_path / "near").mkdir()
+    write(tmp_path, "beside")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [place for place in sys.path if place])
+    (found,) = plugins.load([wanted])
+    assert found.error.startswith("ModuleNotFoundError: No module named") and found.error.endswith(hint or "'far'")
+
+
 def test_a_missing_file():
     plugins.load(["./no_such_plugin.py"])
     assert "FileNotFoundError: no such file: " in plugins.failed()[0].error
