@@ -91,13 +91,8 @@ def run(sweep: Sweep, task: Callable[[Any], Any], config_dir: str | Path | None 
     from hydra.core.plugins import Plugins
     from hydra.types import HydraContext, RunMode
 
-    with writing(f"a sweep to {str(sweep.folder)!r}"):
-        try:
-            sweep.folder.mkdir(parents=True)
-        except FileExistsError as error:
-            raise ZooError(
-                f"Another sweep has begun in {str(sweep.folder)!r} meanwhile: start this one again."
-            ) from error
+    if os.environ.get("RANK", "0") == "0":
+        _claim(sweep.folder)
     # Hydra's launcher without its sweeper: the jobs are planned already.
     with hydra_of_its_own(config_dir) as hydra:
         overrides = [*sweep.for_hydra, f"hydra.sweep.dir={quoted(str(sweep.folder))}"]
