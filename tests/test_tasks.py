@@ -279,3 +279,7 @@ def test_the_majority_of_each_kind_is_guessed():
     assert guesses == {"colour": "red", "count": "2", "count_big": "2", "new": ""}
     assert commonest.guess(dialog("blue", kind="colour", choices=["green", "blue"]), task("choice")) == "blue"
     assert commonest.guess(dialog("b", kind="new", choices=["a", "b"]), task("choice")) == "a"
+    letters = Commonest([dialog(answer, kind="which") for answer in "ABCBB"])  # of options that no two questions share
+    assert letters.guess(dialog("A", kind="which", choices=["a dog", "a cat"]), task("choice")) == "a cat"
+    people = Commonest([dialog(answers=answers) for answers in (["", "", "red"], ["red"], ["blue", "blue"])])
+    assert people.guess(dialog("x"), exact) == "red"

@@ -1,5 +1,6 @@
 """Accepted answers of a dialog, and a tolerant comparison of two texts."""
 
+from collections.abc import Sequence
 from unicodedata import normalize
 
 from zoo.registry import Dialog, ZooError
@@ -28,6 +29,15 @@ def truths(dialog: Dialog, task: str) -> list[str]:
     if not found:
         raise ZooError(f"Task {task!r} needs an accepted answer that is not empty, got {accepted(dialog)}.")
     return found
+
+
+def place_of(answer: str, options: Sequence[str]) -> int | None:
+    """Return the place of the option that an answer is, or whose letter it is (A is the first); None: of none."""
+    if answer in options:
+        return options.index(answer)
+    letter = answer.strip("(). ").lower()
+    place = ord(letter) - ord("a") if len(letter) == 1 and letter.isascii() else -1
+    return place if 0 <= place < len(options) else None
 
 
 def plain(text: str) -> str:

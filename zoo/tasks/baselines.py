@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterable
 
 from zoo.registry import Dialog, Task
-from zoo.tasks.answers import accepted
+from zoo.tasks.answers import accepted, place_of
 
 
 class Commonest:
@@ -26,11 +26,12 @@ class Commonest:
         """Return the answer to guess for a dialog; empty for a kind that training lacks.
 
         For a kind of evaluation only, that of the longest kind that its name continues (count_big -> count). In
-        multiple choice it is the commonest among the options, or else the first option.
+        multiple choice it is the commonest among the options, or by its letter, or else the first option.
         """
         guesses = self._of(dialog.kind)
         if task.mode == "choice":
-            guesses = [g for g in guesses if g in dialog.choices] or list(dialog.choices)
+            places = (place_of(guess, dialog.choices) for guess in guesses)
+            guesses = [dialog.choices[at] for at in places if at is not None] or list(dialog.choices)
         return guesses[0] if guesses else ""
 
     def _of(self, kind: str) -> list[str]:

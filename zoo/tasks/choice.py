@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from zoo.registry import Dialog, Score, Task, ZooError, register
-from zoo.tasks.answers import accepted, plain
+from zoo.tasks.answers import accepted, place_of, plain
 from zoo.tasks.estimates import means
 from zoo.tasks.groups import consistency_of, group_of
 
@@ -36,7 +36,7 @@ class Choice(Task):
             ZooError: the dialog has fewer than two different options, or no option is the accepted answer.
         """
         options, same = _comparable(dialog.choices)
-        right = {option for answer in accepted(dialog) if (option := _option(same(answer), options)) is not None}
+        right = {options[at] for answer in accepted(dialog) if (at := place_of(same(answer), options)) is not None}
         if not right:
             raise ZooError(f"None of the answers {accepted(dialog)} is among the choices {dialog.choices}.")
         chance = sum(option in right for option in options) / len(options)
@@ -57,11 +57,3 @@ def _comparable(choices: Sequence[str]) -> tuple[list[str], Callable[[str], str]
         if len(options) >= 2 and len(set(options)) == len(options) and all(options):
             return options, same
     raise ZooError(f"Task 'choice' needs two or more choices, none of them empty or there twice, got {list(choices)}.")
-
-
-def _option(answer: str, options: list[str]) -> str | None:
-    if answer in options:
-        return answer
-    letter = answer.strip("(). ").lower()
-    place = ord(letter) - ord("a") if len(letter) == 1 and letter.isascii() else -1
-    return options[place] if 0 <= place < len(options) else None
