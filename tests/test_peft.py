@@ -141,6 +141,26 @@ def test_a_new_adapter_beside_our_parts_changes_nothing(llava, words):
     assert torch.equal(peft.get_peft_model(model, config).eval()(**batch).logits, wanted)
 
 
+def test_a_wrapped_model_is_not_saved_into_a_folder_that_cannot_be_loaded(llava, tmp_path):
+    folder, _, _, batch = llava
+    for words in (["adapter=[lora]"], ["adapter=[mole]"]):
+        model, _ = zoo.load(f"dir:{folder}", *words)
+        model.save_pretrained(tmp_path / "own")  # layers that our adapters wrap have their names
+        again = zoo.ZooModel.from_pretrained(tmp_path / "own")
+        assert torch.equal(again(**batch).logits, model(**batch).logits)
+    model, _ = zoo.load(f"dir:{folder}")
+    for more in ({}, {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}):
+        config = peft.LoraConfig(**{"r": 2, "target_modules": ["q_proj"], "init_lora_weights": False} | more)
+        wrapped = peft.get_peft_model(copy.deepcopy(model), config).eval()
+        with pytest.raises(ZooError, match=r"inside a layer of PEFT.*merge_and_unload"):
+            wrapped.get_base_model().save_pretrained(tmp_path / "none")
+        assert not (tmp_path / "none").exists()
+    wanted = wrapped(**batch).logits
+    wrapped.merge_and_unload().save_pretrained(tmp_path / "merged")
+    found = zoo.ZooModel.from_pretrained(tmp_path / "merged")(**batch).logits
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-4)
+
+
 def test_what_would_go_wrong_in_silence_is_refused(llava):
     folder, _, model, batch = llava
     own, _ = zoo.load(f"dir:{folder}", "adapter=[lora]", "adapter.lora.rank=2")

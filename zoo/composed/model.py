@@ -19,7 +19,7 @@ from zoo.composed.bases import Bases, as_whole, bases_of
 from zoo.composed.card import FILE, LAYOUTS, write_card
 from zoo.composed.forward import ForwardMixin
 from zoo.composed.generate import GenerateMixin
-from zoo.composed.keywords import require_save, split_load
+from zoo.composed.keywords import require_own_layers, require_save, split_load
 from zoo.composed.language_model import LanguageModelMixin
 from zoo.composed.loader import load_model, reader_for
 from zoo.composed.masters import as_saved
@@ -145,6 +145,7 @@ class ZooModel(PartsMixin, ForwardMixin, GenerateMixin, LanguageModelMixin, PreT
         state = state_of(self, state_dict) if is_main_process or state_dict is None else {}
         if not is_main_process:
             return
+        require_own_layers(state)
         if include_base:
             self.bases.require_whole(self)
         folder = Path(save_directory)
