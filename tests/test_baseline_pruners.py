@@ -7,9 +7,10 @@ import torch
 
 from tests.fusion_builders import features
 from zoo import registry
+from zoo.composed import behind
 from zoo.composed.image_path import checksum_of
 from zoo.fusion.pruners.divprune import farthest
-from zoo.registry import ZooError
+from zoo.registry import Cut, ZooError
 
 
 def build(name, **options):
@@ -214,21 +215,29 @@ FIELDS = {"cls_attention": "cls_attention", "key_attention": "key_attention", "p
 FIELDS |= {"keys": "keys", "text_tower": "patch_embeds", "next_block": "next_attention"}  # of capabilities
 MORE = {"cdpruner": {"relevance": "none", "similarity": "encoder"}, "hiprune": {"object_layer": 1}}
 MORE |= {"vscan": {"shallow_layer": 1, "llm_ratio": 1.0}}
+READ_DATA = {"prumerge", "vscan", "visionzip"}  # which patches are left is read from scores
+
+
+def described(m=2):
+    """All that an encoder may give, as if another pruner had been ahead."""
+    image, draw = image_of(m=m), torch.Generator().manual_seed(6)
+    scores = image.key_attention.flip(1)
+    vectors = torch.randn(m, 24, 8, generator=draw)
+    known = {"pooling_attention": scores, "next_attention": scores, "next_keys": vectors, "patch_embeds": vectors}
+    first = image.take_best(torch.arange(24).expand(m, -1)).rank
+    words = {f"{word}@1": scores for word in ("cls_attention", "key_attention")}
+    return replace(image, **known, rank=first, block_attention=words)
+
+
+def any_pruner(name, **options):
+    node = {"name": name, **MORE.get(name, {}), **options}
+    return registry.build("pruner", node, grid=(4, 6), num_tokens=24, vision_dim=24, vision_depth=4).eval()
 
 
 @pytest.mark.parametrize("name", registry.names("pruner"))
 def test_what_is_known_of_tokens_is_of_those_left(name):
     """A capability that a pruner does not destroy is one of as many tokens as it leaves; others are gone."""
-    image, draw = image_of(m=2), torch.Generator().manual_seed(6)
-    scores = image.key_attention.flip(1)
-    vectors = torch.randn(2, 24, 8, generator=draw)
-    known = {"pooling_attention": scores, "next_attention": scores, "next_keys": vectors, "patch_embeds": vectors}
-    first = image.take_best(torch.arange(24).expand(2, -1)).rank  # as if another pruner had been ahead
-    words = {f"{word}@1": scores for word in ("cls_attention", "key_attention")}
-    image = replace(image, **known, rank=first, block_attention=words)
-    pruner = registry.build(
-        "pruner", {"name": name, **MORE.get(name, {})}, grid=(4, 6), num_tokens=24, vision_dim=24, vision_depth=4
-    ).eval()
+    image, pruner = described(), any_pruner(name)
     left = pruner(image)
     count = left.tokens.shape[1]
     assert count == pruner.num_tokens(24)
@@ -238,3 +247,29 @@ def test_what_is_known_of_tokens_is_of_those_left(name):
     assert all(scores.shape == (2, count) for scores in left.block_attention.values())
     for word, field in FIELDS.items():
         assert (getattr(left, field) is None) <= (word in pruner.destroys), word
+
+
+@pytest.mark.parametrize("name", registry.names("pruner"))
+def test_autocast_changes_no_choice(name):
+    """Tokens that are nearly alike, as those of one thing in a picture are, and of one place in a film."""
+    image, draw = described(m=4), torch.Generator().manual_seed(7)
+    things = torch.randn(3, 24, generator=draw)[torch.randint(3, (24,), generator=draw)]
+    tokens = things + 0.02 * torch.randn(4, 24, 24, generator=draw)
+    film = {"rows": (4,), "cuts": (Cut(4, "frame"),), "row_kind": "frame"}
+    image = replace(image, tokens=tokens, projected=tokens, keys=tokens.unsqueeze(2), next_keys=tokens, **film)
+    pruner = any_pruner(name, **{"evs": {"reference": "last_kept"}, "fastvid": {"keep_ratio": 0.5}}.get(name, {}))
+    with torch.no_grad():
+        wanted = behind.run(pruner, image)
+        with torch.autocast("cpu", torch.bfloat16):
+            got = behind.run(pruner, image)
+    for field in ("tokens", "keep", "groups", "valid", "rank"):
+        mine, other = getattr(got, field), getattr(wanted, field)
+        assert (mine is None) is (other is None) and (mine is None or torch.equal(mine, other)), field
+
+
+@pytest.mark.parametrize("name", sorted({*registry.names("pruner")} - READ_DATA))
+def test_shapes_are_known_without_data(name):
+    image, pruner = described(), any_pruner(name)
+    empty = {k: v.to("meta") for k, v in vars(image).items() if isinstance(v, torch.Tensor)}
+    blocks = {word: scores.to("meta") for word, scores in image.block_attention.items()}
+    assert pruner(replace(image, **empty, block_attention=blocks)).tokens.shape[1] == pruner.num_tokens(24)

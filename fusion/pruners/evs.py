@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from zoo.fusion.pruners.changes import STILL, moved, unit
 from zoo.fusion.pruners.topk import check_ratio
+from zoo.fusion.pruners.unrounded import unrounded
 from zoo.registry import Cut, ImageFeatures, Preset, Pruner, ZooError, register, unknown
 
 COUNTS = ("total", "after_first")
@@ -112,7 +113,8 @@ class EVS(Pruner, nn.Module):
     def _since_kept(self, tokens: Tensor, keep: int) -> Tensor:
         """Return the change of each token since the last of its place that stays, infinite where it stays: (T, P)."""
         places = tokens.transpose(0, 1)  # (P, T, C)
-        change = moved(places @ places.mT, self.config.still)  # (P, T, T): of each two frames of a place
+        with unrounded(places):
+            change = moved(places @ places.mT, self.config.still)  # (P, T, T): of each two frames of a place
         low, high = change.new_tensor(0.0), change.max()
         for _ in range(_ROUNDS):
             tried = torch.linspace(0, 1, _TRIES, device=tokens.device) * (high - low) + low

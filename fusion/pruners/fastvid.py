@@ -38,6 +38,7 @@ from torch import Tensor, nn
 from zoo.fusion.pruners.changes import unit
 from zoo.fusion.pruners.scores import NEEDS, SCORES, scores_of
 from zoo.fusion.pruners.topk import best, check_ratio
+from zoo.fusion.pruners.unrounded import unrounded
 from zoo.registry import Cut, ImageFeatures, Preset, Pruner, ZooError, register, require_at_least, unknown
 
 SUMMARIES, REMAINDERS = ("head", "mean"), ("spread", "floor")
@@ -113,6 +114,11 @@ class FastVID(Pruner, nn.Module):
         n = image.tokens.shape[1]
         if image.row_kind != "frame" or (budget := self.budget(n)) == n:
             return image
+        with unrounded(image.tokens):
+            return self._merged(image, budget)
+
+    def _merged(self, image: ImageFeatures, budget: int) -> ImageFeatures:
+        n = image.tokens.shape[1]
         context = int(budget * self.config.context_ratio)
         salient = torch.zeros(image.tokens.shape[:2], dtype=torch.bool, device=image.tokens.device)
         salient.scatter_(1, best(self.scores(image), budget - context), True)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo.fusion.pruners.topk import count_kept
+from zoo.fusion.pruners.unrounded import unrounded
 from zoo.registry import Cut, ImageFeatures, Pruner, unknown
 
 BUDGETS = ("row", "image")
@@ -54,6 +55,10 @@ class KeepsSome(Pruner, nn.Module):
         Raises:
             ZooError: the image lacks what tokens are chosen by.
         """
+        with unrounded(image.tokens):
+            return self._kept(image)
+
+    def _kept(self, image: ImageFeatures) -> ImageFeatures:
         rows, n = image.tokens.shape[:2]
         k = self.num_tokens(n)
         if self.per_image:

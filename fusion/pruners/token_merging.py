@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from zoo.fusion.pruners.unrounded import unrounded
+
 
 def removals(n: int, ratio: float) -> list[int]:
     """Return how many tokens each round removes until a share `ratio` of `n` is left.
@@ -59,7 +61,8 @@ def merge(
         if r <= 0:
             continue
         unit = F.normalize(x if like is None else like, dim=-1)
-        best, nearest = (unit[:, ::2] @ unit[:, 1::2].transpose(1, 2)).max(-1)  # (M, ceil(count / 2))
+        with unrounded(x):
+            best, nearest = (unit[:, ::2] @ unit[:, 1::2].transpose(1, 2)).max(-1)  # (M, ceil(count / 2))
         rank = best.argsort(dim=1, descending=True, stable=True)
         gone, left = rank[:, :r], rank[:, r:]
         into = nearest.gather(1, gone)  # (M, r)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from zoo.fusion.pruners.topk import check_ratio, count_kept, top
+from zoo.fusion.pruners.unrounded import unrounded
 from zoo.registry import ImageFeatures, Preset, Pruner, ZooError, register, unknown
 
 SCORES = {"cls": "cls_attention", "column_mean": "key_attention"}
@@ -132,7 +133,8 @@ class _Merge(NamedTuple):
         m, r = keys.shape[:2]
         places = torch.arange(0, r, max(1, r // targets), device=keys.device)[:targets]  # (G,)
         keys = F.normalize(keys, dim=-1)
-        group = (keys @ keys[:, places].transpose(1, 2)).argmax(-1)  # (M, R)
+        with unrounded(keys):
+            group = (keys @ keys[:, places].transpose(1, 2)).argmax(-1)  # (M, R)
         share = torch.ones(m, r, device=keys.device)
         share[:, places] = 0  # a target is not averaged with its group: it is added with weight 1
         members = torch.zeros(m, targets, device=keys.device).scatter_add_(1, group, share).clamp(min=1)  # (M, G)
