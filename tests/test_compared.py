@@ -7,7 +7,7 @@ import pytest
 
 from zoo.cli import compare_command
 from zoo.cli.entry import main
-from zoo.evaluation.compared import answers_of, by_question, compared
+from zoo.evaluation.compared import answers_of, by_question, compared, difference_table
 from zoo.evaluation.result import EvalResult
 from zoo.registry import ZooError
 
@@ -125,3 +125,9 @@ def test_answers_are_read_line_by_line(tmp_path):
     file.write_bytes(file.read_bytes() + b'{"data": "\xff"}')
     with pytest.raises(ZooError, match="line 4 is not a scored answer: UnicodeDecodeError"):
         answers_of(tmp_path)
+
+
+def test_one_question_has_no_error_that_a_difference_could_be_beyond():
+    pairs = (([0], [1]), ([0, 0, 0], [1, 1, 1]))
+    table = [difference_table(compared(("a", "b"), by_question(rows(a)), by_question(rows(b)))) for a, b in pairs]
+    assert ["[bold]" in "".join(map(repr, t.columns[5].cells)) for t in table] == [False, True]

@@ -66,6 +66,10 @@ def test_the_error_of_a_ratio_is_what_resampling_gives():
         (".", ".", 1),
         (".", "!", 0),
         ("6'", '6"', 0),
+        ("\u7ea2\u8272", "\u7ea2\u8272\u3002", 1),  # red, in Chinese, with its full stop
+        ("\u05d0\u05d3\u05d5\u05dd", "\u200f\u05d0\u05d3\u05d5\u05dd\u200e.", 1),  # in Hebrew, with marks of direction
+        ("cafe\u0301", "Caf\u00e9", 1),
+        ("\u200b", "", 0),
     ],
 )
 def test_exact_forgives_what_a_person_would(answer, prediction, right):

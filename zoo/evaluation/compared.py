@@ -204,7 +204,7 @@ def difference_table(found: Compared) -> "Table":
     for line, metric in zip(found.differences, metrics, strict=True):
         d = line.difference
         text = f"{100 * d.value:+.1f} ± {100 * d.stderr:.1f}"
-        text = f"[bold]{text}[/bold]" if abs(d.value) > 2 * d.stderr and d.value else text
+        text = f"[bold]{text}[/bold]" if abs(d.value) > 2 * d.stderr and d.n > 1 else text
         cells = (f"{100 * line.first.value:.1f}", f"{100 * line.second.value:.1f}", text, str(d.n))
         table.add_row(cell(line.data if line.data != last else ""), cell(line.kind), cell(metric), *cells)
         last = line.data

@@ -7,6 +7,10 @@ from zoo.registry import Dialog, ZooError
 
 QUOTES = {'"': '"', "'": "'", "\u201c": "\u201d", "\u2018": "\u2019", "«": "»", "`": "`"}  # “ ” and single ones
 
+# Full stops and exclamation marks: Latin, Chinese and Japanese, those as wide as these, Hindi, Urdu.
+ENDS = ".! \u3002\uff01\uff0e\uff61\u0964\u06d4"
+UNSEEN = dict.fromkeys([0x200B, 0x200E, 0x200F, 0x2060, 0xFEFF])
+
 
 def accepted(dialog: Dialog) -> list[str]:
     """Return all accepted answers: those listed, or else the last assistant turn."""
@@ -43,12 +47,13 @@ def place_of(answer: str, options: Sequence[str]) -> int | None:
 def plain(text: str) -> str:
     """Normalise a text: lower case, single spaces, no full stop at the end, no pair of quotes around it.
 
+    Full stops are those of all scripts, and marks of direction and spaces without width count nothing.
     Composed and decomposed accents are the same (NFC). A single quote stays, since `5'` and `5"` are feet and inches. A
     text of punctuation only stays unchanged.
     """
-    found = text = " ".join(normalize("NFC", text.lower()).split())
+    found = text = " ".join(normalize("NFC", text.lower().translate(UNSEEN)).split()) or text.strip()
     while found:
-        shorter = found.rstrip(".! ")
+        shorter = found.rstrip(ENDS)
         if len(shorter) > 1 and QUOTES.get(shorter[0]) == shorter[-1]:
             shorter = shorter[1:-1].strip()
         if shorter == found:
