@@ -90,6 +90,23 @@ def test_transformers_reads_the_language_model(written, case):
     ]
 
 
+def test_a_beginning_that_prompts_do_not_have_is_not_asked_for(tmp_path):
+    """The tokenizer begins a text with <s>; the chat template, which is of text, does not."""
+    from tokenizers.processors import TemplateProcessing
+
+    model, processor = composed(MODELS["clip llama"])
+    tokenizer = processor.tokenizer
+    tokenizer.bos_token = begin = tokenizer.eos_token
+    marks = [(begin, tokenizer.bos_token_id)]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"{begin} $A", special_tokens=marks)
+    assert tokenizer("red")["input_ids"][0] == tokenizer.bos_token_id
+    asked = [{"role": "user", "content": [{"type": "text", "text": "red"}]}]
+    prompt = processor.apply_chat_template(asked, add_generation_prompt=True, tokenize=True, return_dict=True)
+    file, _ = export_gguf(model, processor, tmp_path)
+    adds = fields(file)["tokenizer.ggml.add_bos_token"]
+    assert adds == (prompt["input_ids"][0][0] == tokenizer.bos_token_id) and not adds
+
+
 def as_clip(file, pixels):
     """Image tokens as llama.cpp's clip computes those of LLaVA (tools/mtmd/models/llava.cpp), in torch."""
     f, w = fields(file), tensors(file)

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from zoo.registry import ZooError
+from zoo.text.chat_template import takes_parts
 
 _LAYER = re.compile(r"^model\.layers\.(\d+)\.")
 
@@ -178,7 +179,7 @@ def _tokenizer_fields(writer: Any, text: Any, tokenizer: Any, ends: Any) -> None
         if (at := getattr(tokenizer, f"{key}_token_id")) is not None:
             getattr(writer, f"add_{key}_token_id")(at)
     begins = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
-    writer.add_add_bos_token(begins)
+    writer.add_add_bos_token(begins and takes_parts(tokenizer))  # templates of text write the whole beginning
     if isinstance(tokenizer.chat_template, str):
         writer.add_chat_template(tokenizer.chat_template)
 
