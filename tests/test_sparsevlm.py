@@ -191,6 +191,15 @@ def test_clusters_are_those_of_loops():
             torch.testing.assert_close(means[c], x[cluster == c].mean(0), atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_means_of_large_states_are_rounded_once(dtype):
+    """Some hidden states of an LLM are in the thousands: their sum leaves the range of float16."""
+    x = (1000 + 60 * torch.randn(300, 8, generator=torch.Generator().manual_seed(0))).to(dtype)
+    cluster = torch.arange(300) % 2
+    wanted = torch.stack([x[cluster == c].float().mean(0) for c in range(2)]).to(dtype)
+    torch.testing.assert_close(cluster_means(x, cluster, 2), wanted, rtol=torch.finfo(dtype).eps, atol=0)
+
+
 # ---- what it promises ------------------------------------------------------------------------------------------------
 
 

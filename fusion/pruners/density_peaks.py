@@ -39,6 +39,10 @@ def density_peaks(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def cluster_means(x: Tensor, cluster: Tensor, count: int) -> Tensor:
-    """Average the rows of `x` (n, C) by cluster: (count, C), with gradients."""
-    sums = x.new_zeros(count, x.shape[1]).index_add(0, cluster, x)
-    return sums / torch.bincount(cluster, minlength=count).clamp(min=1)[:, None].to(x.dtype)
+    """Average the rows of `x` (n, C) by cluster: (count, C), with gradients.
+
+    Sums are float32 at least: those of hidden states leave the range of float16.
+    """
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    sums = wide.new_zeros(count, x.shape[1]).index_add(0, cluster, wide)
+    return (sums / torch.bincount(cluster, minlength=count).clamp(min=1)[:, None]).to(x.dtype)
