@@ -119,6 +119,11 @@ def test_our_templates_end_answers_on_a_tokenizer_of_others(name, template):
     assert [piece.strip() for piece in learnt] == [f"a cat{end}", f"a{end}"]
     assert set(stops_of(processor.template).ids) == {made.eos_token_id, made.convert_tokens_to_ids(end)}
     assert set(SHAPES[name].special) <= {t.content for t in made.added_tokens_decoder.values() if t.special}
+    if template == "vicuna" and made.bos_token:  # as in LLaVA's prompts, in both ways to write one
+        asked = CASES["image first"][:1]
+        text = processor.apply_chat_template(asked, add_generation_prompt=True)
+        assert text.startswith(f"{made.bos_token}USER: ") and text.count(made.bos_token) == 1
+        assert row.input_ids[0] == made.bos_token_id and row.input_ids.tolist().count(made.bos_token_id) == 1
 
 
 def test_a_tokenizer_without_an_end_takes_that_of_its_template():

@@ -13,6 +13,7 @@ from zoo.composed.model import ZooModel
 from zoo.evaluation.predict import Question, answer
 from zoo.registry import ZooError
 from zoo.text.stops import AnswerReader
+from zoo.text.tokenizer import CHAT_TEMPLATES
 
 PARTS = ["vision=timm", "vision.width=16", "vision.heads=2", "vision.depth=2", "vision.image_size=32"]
 PARTS += ["vision.patch_size=16", "projector=linear", "llm=hf"]
@@ -258,3 +259,13 @@ def test_options_of_sampling_without_do_sample_are_saved_as_stated(tmp_path):
         with pytest.raises(ZooError, match=r"cannot be saved.*max_new_tokens"):
             write(tmp_path / "none")
     assert not (tmp_path / "none").exists()
+
+
+def test_a_saved_model_keeps_the_text_of_its_template(tmp_path):
+    """The one of that name may be another today."""
+    model, processor = zoo.compose(*PARTS, "tokenizer.chat_template=vicuna", "device=cpu", texts=["is it red? yes"])
+    processor.tokenizer.chat_template = before = processor.tokenizer.chat_template.removeprefix("{{ bos_token }}")
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    again = zoo.load(f"dir:{tmp_path}", device="cpu")[1]
+    assert again.tokenizer.chat_template == before != CHAT_TEMPLATES["vicuna"][0]

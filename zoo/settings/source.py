@@ -163,7 +163,7 @@ class Source:
         if (found := self._saved_tokenizer(template)) is not None:
             return found
         if source := made or self._stated_tokenizer:
-            return tokenizer_at(str(source), template)
+            return tokenizer_at(str(source), "" if made else template)  # that of a run has its template
         return train_tokenizer(_or_words(texts), self.tokenizer["vocab_size"], template or "plain")
 
     def make_tokenizer(self, texts: Iterable[str] = (), made: Path | None = None) -> Any:
@@ -184,6 +184,8 @@ class Source:
         if self.published:
             return tokenizer_in(self.folder, template)
         if (self.folder / "tokenizer_config.json").is_file():
+            if template == (self.content.get("tokenizer") or {}).get("chat_template"):
+                template = ""  # the saved text, which may differ from that of the name today
             return load_tokenizer(str(self.folder), template, self.content.get("image_token_id"))
         return None
 
