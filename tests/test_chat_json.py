@@ -342,3 +342,9 @@ def test_the_name_of_a_missing_image_that_was_meant(folder, name, meant):
 def test_a_column_of_ids_that_is_named_has_to_be_there(folder):
     with pytest.raises(ZooError, match="No field named 'qid2'"):
         load(folder, [{"qid": 3, "question": "q", "answer": "a"}], id_field="qid2")
+
+
+def test_a_file_that_another_data_set_reads_is_pointed_to(folder):
+    (folder / "t.csv").write_text("question,answer\nq,a\n")
+    with pytest.raises(ZooError, match=r"allowed are .json, .*Data set hf reads it: data.hf.path=.*t.csv"):
+        open_file(folder, "t.csv")

@@ -103,6 +103,14 @@ def test_values_of_csv_are_the_texts_of_the_file(tmp_path, streaming, place):
     assert all(s.dialogs[0].meta == {"nothing": None} for s in samples)
 
 
+@pytest.mark.parametrize("name", ["t.tsv", "t.csv.gz", "t.xlsx"])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_file_of_another_kind_is_refused(tmp_path, name, streaming):
+    (tmp_path / name).write_text("question\tanswer\nq\ta\n")
+    with pytest.raises(ZooError, match=rf"{name} is a file of another kind: allowed are .parquet, .*\.csv"):
+        load(tmp_path / name, streaming=streaming)
+
+
 def test_a_column_of_csv_is_there_once(tmp_path):
     (tmp_path / "t.csv").write_text("question,answer,answer\nq,a,b\n")
     with pytest.raises(ZooError, match=r"t.csv:1 names the column 'answer' twice"):

@@ -247,6 +247,10 @@ def _what(config: HubRows) -> tuple[tuple[str, str | None], dict[str, Any]]:
     suffix = Path(config.path).suffix
     if suffix in FILES:
         return (FILES[suffix], None), {"data_files": {_whole(config.split): config.path}}
+    if Path(config.path).is_file():  # the library would look for a data set of that name on the hub
+        raise ZooError(
+            f"{config.path} is a file of another kind: allowed are {', '.join(FILES)}, or a folder with such."
+        )
     return (config.path, config.subset or None), {"revision": config.revision or None}
 
 

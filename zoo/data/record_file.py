@@ -49,7 +49,8 @@ class RecordFile:
         self.path = path
         suffix = path.suffixes[-2] if path.suffix == ".gz" and len(path.suffixes) > 1 else path.suffix
         if suffix not in {".json", *LINES}:
-            raise ZooError(f"{path} is not a file of records: allowed are .json, .jsonl and the same with .gz.")
+            other = f" Data set hf reads it: data.hf.path={path}." if suffix in {".csv", ".parquet", ".arrow"} else ""
+            raise ZooError(f"{path} is not a file of records: allowed are .json, .jsonl and the same with .gz.{other}")
         lines = suffix in LINES
         self._source: _InMemory | _OnDisk
         self._source = _OnDisk(path, lines) if _stays_on_disk(path) else _InMemory(path, lines)
