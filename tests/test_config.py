@@ -221,6 +221,11 @@ def test_a_saved_model_asks_for_its_plugin_by_name(tmp_path):
     [
         (["projector=[mlp,linear]"], "the slot 'projector' holds one component"),
         (["pruner=random,pool"], "is a sweep: add -m to run each, or brackets for several at once: pruner=[...]"),
+        (["run.name=a,b"], "add -m to run each, or quotes for one text with commas: \"run.name='...'\""),
+        (["seed=1,2"], "'seed=1,2' is a sweep: add -m to run each."),
+        (["projector=mlp,linear"], "'projector=mlp,linear' is a sweep: add -m to run each."),
+        (["~pruner.random.seed"], "options cannot be added or removed. Without one, its default holds."),
+        (["~projector"], "options cannot be added or removed. Write projector=null."),
         (["+pruner.random.x=1"], "options cannot be added or removed. Write pruner.random.x=1."),
         (["~pruner"], "Write pruner=[]."),
         (["pruner.random.keep_ratio=1"], "pruner 'random' is not chosen in this run: add it with pruner=[random]"),

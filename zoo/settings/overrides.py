@@ -19,7 +19,7 @@ from zoo.settings import component_presets, presets, several_encoders
 from zoo.settings import model_names as saved
 from zoo.settings.schema import DEFAULT_MODEL, DEFAULT_RECIPE, RunRoot
 from zoo.settings.static_check import elsewhere, no_stage, try_override
-from zoo.settings.text_options import TextOptions
+from zoo.settings.text_options import NO_TEXT, TextOptions
 from zoo.text.tokenizer_files import has_template
 
 RECIPE_COMMANDS = ("train", "eval", "check", "data")  # commands that start from the default recipe
@@ -41,7 +41,10 @@ def prepare(command: str, overrides: Sequence[str], config_dir: str | Path | Non
     for override in parsed:
         if override.is_sweep_override():
             line, key = override.input_line, override.key_or_group
+            typed = [value.strip() for value in line.partition("=")[2].split(",")]
             several = f", or brackets for several at once: {key}=[...]" if key in SEVERAL else ""
+            if key not in (*SLOTS, "model", "recipe") and not all(map(NO_TEXT.fullmatch, typed)):
+                several = f", or quotes for one text with commas: \"{key}='...'\""
             raise ZooError(f"{line!r} is a sweep: add -m to run each{several}.")
     from zoo.registry.hydra import flush
 
@@ -146,9 +149,9 @@ def check(override: Any, config_dir: str | Path | None) -> None:
     if override.package is not None:
         raise ZooError(f"{override.input_line!r}: '@' is for files. Write {key}=<name>.")
     if (override.is_add() or override.is_force_add() or override.is_delete()) and not _STAGE.match(key):
-        off = "[]" if key in SEVERAL else "null"
-        instead = f"{key}={off}" if override.is_delete() else override.input_line.lstrip("+")
-        raise ZooError(f"{override.input_line!r}: options cannot be added or removed. Write {instead}.")
+        off = f"Write {key}={'[]' if key in SEVERAL else 'null'}" if key in SLOTS else "Without one, its default holds"
+        instead = off if override.is_delete() else f"Write {override.input_line.lstrip('+')}"
+        raise ZooError(f"{override.input_line!r}: options cannot be added or removed. {instead}.")
     if key in SLOTS and not override.is_delete() and not isinstance(value, dict):
         if isinstance(value, list) and key not in SEVERAL:
             raise ZooError(f"{key}={_text(value)}: the slot {key!r} holds one component. Write {key}=<name>.")
