@@ -12,6 +12,7 @@ from PIL import Image
 
 from tests.data_places import shared
 from zoo.registry import ZooError
+from zoo.vision.images.processors import Videos
 from zoo.vision.images.video import READERS, ByModel, Video, read_video
 
 av = pytest.importorskip("av")
@@ -227,3 +228,12 @@ def test_a_share_of_the_frames_that_a_model_chooses(clip):
     chosen = ByModel(str(clip), sampling="model", by=lambda total, fps: range(0, total, 4))
     assert read_video(chosen, share=0.5).indices == [0, 8, 16, 24, 32]
     assert read_video(Video(str(clip), sampling="explicit", indices=(3, 9, 5)), share=0.3).indices == [3]
+
+
+@pytest.mark.parametrize("kind", ["Qwen2VL", "Qwen3VL", "Glm4v", "Glm46V"])
+def test_a_model_chooses_frames_of_the_shortest_clips(kind):
+    """Qwen2-VL's rule divides by zero for a single frame, GLM-4.6V's finds none in a tenth of a second."""
+    videos = Videos({"video_processor_type": f"{kind}VideoProcessor"})
+    for total in (1, 2, 3, 5):
+        chosen = videos._chosen(total, 30.0)
+        assert chosen and all(0 <= i < total for i in chosen) and list(chosen) == sorted(chosen)

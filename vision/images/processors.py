@@ -204,17 +204,24 @@ class Videos(Pictures):
         return Picture(out["pixel_values_videos"], replace(cut, kind="frame", **about))
 
     def _chosen(self, total: int, fps: float) -> Sequence[int]:
-        """Choose frames as the processor does."""
+        """Choose frames as the processor does; of clips too short for its rule, those of one row."""
         from transformers.video_utils import VideoMetadata
 
         own, more = self.processor, {}
         length = total / fps if fps else 0.0
         if own.fps is None and own.num_frames is None:
             more = {"fps": 2.0}  # that of the authors' own code, where a checkpoint states none
+        about = VideoMetadata(total_num_frames=total, fps=fps, duration=length)
         try:
-            return own.sample_frames(VideoMetadata(total_num_frames=total, fps=fps, duration=length), **more)
-        except ValueError as error:
-            raise ZooError(f"The model's video processor chooses no frames of {total}: {one_line(error)}.") from error
+            chosen, why = [int(i) for i in own.sample_frames(about, **more)], "none"
+        except (ValueError, ZeroDivisionError) as error:
+            chosen, why = [], one_line(error)
+        if chosen:
+            return chosen
+        if length >= 1:
+            raise ZooError(f"The model's video processor chooses no frames of {total}: {why}.")
+        count = min(total, int(own.temporal_patch_size))  # rules by the second or in whole rows leave nothing of these
+        return [i * total // count for i in range(count)]
 
 
 def processor_of(config: Mapping[str, Any]) -> Any:
