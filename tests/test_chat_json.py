@@ -348,3 +348,18 @@ def test_a_file_that_another_data_set_reads_is_pointed_to(folder):
     (folder / "t.csv").write_text("question,answer\nq,a\n")
     with pytest.raises(ZooError, match=r"allowed are .json, .*Data set hf reads it: data.hf.path=.*t.csv"):
         open_file(folder, "t.csv")
+
+
+@pytest.mark.parametrize(
+    ("field", "name", "refused"),
+    [("img", "a.png", True), ("path", "sub/c.png", True), ("img", "none.png", False), ("answer", "a.png", False)],
+)
+def test_an_image_in_a_field_that_is_not_read_is_not_learnt_as_text(folder, field, name, refused):
+    record = {"question": "q", "answer": "a", field: name}
+    assert load(folder, [record], check=False).get(0).images == []
+    if not refused:
+        assert load(folder, [record]).get(0).images == []
+        return
+    with pytest.raises(ZooError, match=rf"train.jsonl:1: '{field}' names the image '{name}'.* Set image_field={field}"):
+        load(folder, [record])
+    assert load(folder, [record], image_field=field).get(0).images == [folder / "images" / name]

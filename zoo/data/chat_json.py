@@ -5,13 +5,14 @@ dialogs about the same images as one sample, in which the images are encoded onc
 """
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
 
-from zoo.data.image_store import ImageStore, open_store
+from zoo.data.image_store import ENDINGS, ImageStore, open_store
 from zoo.data.record_file import RecordFile
 from zoo.data.record_groups import Grouping, Groups, kept_groups
 from zoo.data.records import RecordFields, inline_image, read_record, record_id, shared_head
@@ -61,6 +62,8 @@ class ChatJson(Dataset):
         if not self.groups:
             asked = f" with {config.split_field} = {config.split!r}" if config.split_field else ""
             raise ZooError(f"{path} has no record{asked}.")
+        if config.check and not config.image_field:
+            self._require_seen(self.groups[0][0])
 
     def __len__(self) -> int:
         return len(self.groups)
@@ -153,6 +156,29 @@ class ChatJson(Dataset):
         images, dialog = read_record(record, self.config, where)
         head = shared_head(dialog) if self.config.group_by_image else None
         return None if head is None else (*map(str, images), head)
+
+    def _require_seen(self, index: int) -> None:
+        """Refuse a record without an image that names one in a field which is not read: it would be learnt as text.
+
+        Raises:
+            ZooError: the field's value is an image of the store.
+        """
+        record = self.records[index]
+        if read_record(record, self.config, "")[0]:
+            return
+        read = {self.config.question_field, self.config.answer_field}
+        for name, value in record.items():
+            if name in read or not isinstance(value, str) or PurePath(value).suffix.lower() not in ENDINGS:
+                continue
+            with suppress(ZooError):
+                self.store.find(value, "")
+                break
+        else:
+            return
+        raise ZooError(
+            f"{self.records.where(index)}: {name!r} names the image {value!r}, and images are read of image or images. "
+            f"Set image_field={name}; or check=false to train on text alone."
+        )
 
     def _split_of(self, record: dict[str, Any], where: str) -> str:
         if self.config.split_field not in record:
