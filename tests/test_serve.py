@@ -2,6 +2,7 @@
 
 import random
 import threading
+import time
 
 import pytest
 import torch
@@ -165,11 +166,23 @@ def test_pieces_of_any_tokens_are_the_answer_that_is_read_at_the_end(long):
             assert shown + reading.rest() == reading.reader.read(reading.ids)
 
 
+def test_a_long_text_that_ends_an_answer_takes_no_time(long):
+    """A request may bring 64 MiB of it; what is looked for are beginnings of it at the end of each piece."""
+    reader = reader_for(long[0], long[1].template)
+    reading = Reading(reader, ["x" * 1_000_000])
+    begin = time.process_time()
+    assert reading.reader.visible("is there an x", final=False) == "is there an "
+    assert time.process_time() - begin < 1  # it took a minute
+
+
 def test_pruners_by_the_name_of_the_model_and_by_fields(tiny):
     model, _ = tiny
     question = user("Describe the picture.", scene())
     with serving(*tiny, pruners=["random:0.5", "aim"]) as (_, client):
         assert [m.id for m in client.models.list()] == ["tiny", "tiny@random:0.5", "tiny@aim"]
+        assert client.models.retrieve("tiny@random:0.25").id == "tiny@random:0.25"
+        with pytest.raises(openai.NotFoundError, match="Did you mean 'random'"):
+            client.models.retrieve("tiny@randm")
         pruned, _ = zoo.load("scenes_tiny", "pruner=random", "pruner.random.keep_ratio=0.25")
         expected = pruned.chat("Describe the picture.", scene())
         whole = model.chat("Describe the picture.", scene())

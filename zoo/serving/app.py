@@ -19,7 +19,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from zoo.loading.other_pruners import Pruned
+from zoo.loading.other_pruners import Pruned, words_for
 from zoo.registry import Dialog, LengthError, Sample, ZooError
 from zoo.runs.lengths import length_of, room_for_answer
 from zoo.serving import protocol
@@ -133,7 +133,12 @@ class Server:
         """Describe the model."""
         self._authorize(request)
         name = request.path_params["name"]
-        self._pruner_of(name)
+        pruner, keep_ratio = self._pruner_of(name)
+        if pruner is not None:
+            try:
+                words_for(pruner, keep_ratio)
+            except ZooError as error:
+                raise RequestError(str(error), status=404, code="model_not_found", param="model") from error
         return JSONResponse(protocol.model_entry(name, self.created))
 
     async def complete(self, request: Request) -> Response:

@@ -197,7 +197,7 @@ class AnswerReader:
             return text[: min(found)]
         held = 0
         if not final:
-            sizes = (n for end in self.ends for n in range(1, len(end)) if text.endswith(end[:n]))
+            sizes = (n for end in self.ends for n in range(1, min(len(end), len(text) + 1)) if text.endswith(end[:n]))
             held = max(sizes, default=0)
         return text[: len(text) - held]
 
