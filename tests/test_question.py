@@ -91,6 +91,12 @@ def turn(role, *parts):
         ([turn("user", "a ", IMAGE, "b?")], {"prompt": True}, "a b?"),
         ([turn("user", IMAGE)], {"prompt": True}, ""),
         ([{"role": "user", "content": "<image>\na?"}], {"prompt": True}, "a?"),
+        (
+            [turn("user", IMAGE, "a?"), {"role": "assistant", "tool_calls": []}, turn("tool", "5")],
+            {"prompt": True},
+            "a?",
+        ),
+        ([turn("user", IMAGE, "a?"), {"role": "user", "content": None}], {"prompt": True}, ""),
     ],
 )
 def test_it_is_the_last_turn_of_the_user_before_the_first_answer_behind_an_image(model, messages, options, wanted):

@@ -29,16 +29,16 @@ class QuestionsMixin:
         """
         if not self.asks:
             return []
-        shown = [self._count_shown(m["content"]) for m in messages]
+        shown = [self._count_shown(m.get("content")) for m in messages]
         first = next((i for i, count in enumerate(shown) if count), 0)
         answers = [i for i, m in enumerate(messages) if m["role"] == "assistant" and i > first]
         end = len(messages) if prompt or not answers else answers[-1 if only_last else 0]
-        turns = (self._said(m["content"]) for m in reversed(messages[:end]) if m["role"] == "user")
+        turns = (self._said(m.get("content")) for m in reversed(messages[:end]) if m["role"] == "user")
         text = next(turns, "")
         return [Asked(text, tuple(self._chat.words(text)), sum(shown))]
 
     def _count_shown(self, content: Any) -> int:
-        """Count the images and videos of a message."""
+        """Count the images and videos of a message; one that calls tools may have no content."""
         if isinstance(content, str):
             return sum(content.count(token) for token in self._tokens)
         return sum(part["type"] in ("image", "video") for part in content or ())
@@ -49,7 +49,7 @@ class QuestionsMixin:
             for token in self._tokens:
                 content = content.replace(token, "")
             return content.strip()
-        return "".join(part["text"] for part in content if part["type"] == "text").strip()
+        return "".join(part["text"] for part in content or () if part["type"] == "text").strip()
 
     @property
     def _tokens(self) -> set[str]:
