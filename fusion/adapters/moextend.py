@@ -139,11 +139,12 @@ class MoExtend(Adapter, nn.Module):
         return self.config.guard
 
     def condition(self, image: ImageFeatures | None, images_per_row: Sequence[int], expand: int = 1) -> None:
-        """With `guard`, note which sequences have images."""
+        """With `guard`, note which sequences have images; without an image and a number of sequences, none has."""
         flags = [count > 0 for count in images_per_row for _ in range(expand)] if self.config.guard else []
         # Only a mixed batch needs a mask; a batch of images alone or text alone is one case for all rows.
         some = torch.tensor(flags) if any(flags) and not all(flags) else None
-        self.passes.condition = Guarded(some, bool(flags) and not any(flags))
+        none = self.config.guard and not any(flags) and (image is None or bool(flags))
+        self.passes.condition = Guarded(some, none)
 
     def aux_losses(self) -> dict[str, Tensor]:
         """Load-balancing loss over all layers with experts, weighted; empty in evaluation or with weight 0."""
