@@ -40,6 +40,8 @@ class LanguageModel(ModelPart):
     """Longest sequence, in positions; None: no limit."""
     axes: int = 1
     """Axes of its positions: with several, `hidden` and `lm` take `position_ids` (A, B, T), and (B, T) for text."""
+    mixes_rows: str = ""
+    """Why several samples or dialogs in a row would not be kept apart; empty: the mask of a row does."""
     router_aux_coef: float = 0.0
     """Weight of the balance loss of an LLM with experts; `aux_losses` returns that loss."""
     streams: bool = False

@@ -145,3 +145,14 @@ def test_a_card_from_elsewhere_gives_words_or_nothing(tmp_path, case):
     file.write_text(f"---\n{HOSTILE[case]}\n---\n")
     wanted = Facts(datasets=("ok",)) if case == "other types" else Facts()
     assert facts_in(file) == wanted
+
+
+def test_a_language_model_with_states_has_a_card(make_model):
+    """Its layers are of several kinds, whose products no closed form counts."""
+    from tests.conftest import tiny_slots
+    from zoo.composed.card import _cost_rows
+    from zoo.composed.summary import summary_of
+
+    for family, counted in (("falcon_h1", False), ("llama", True)):
+        model, _ = make_model(llm={**tiny_slots()["llm"], "model_type": family})
+        assert any("prefill of an image" in row for row in _cost_rows(model, summary_of(model))) == counted

@@ -169,6 +169,7 @@ FAULTS = [
     ("a teacher without a distiller", stage(teacher="scenes_tiny"), "a teacher is named, but no distiller"),
     ("unknown distiller", stage(distiller="dence"), "Did you mean 'dense'"),
     ("packed rows beyond a sliding window", {**llm(model_type="mistral", extra={"sliding_window": 96}), **stage(pack_length=128)}, "longer than the LLM's sliding window of 96.*pack_length=null"),
+    ("packed rows of states", {**llm(model_type="falcon_h1"), **stage(pack_length=128)}, "'falcon_h1' carry a state from token to token.*set pack_length=null"),
     ("nothing to learn", stage(loss_weights={"answer": 0.0}), "nothing is learnt"),
 ]  # fmt: skip
 
@@ -430,6 +431,21 @@ def test_as_many_layers_are_run_as_tell_something(family, options, layers, monke
     with pytest.raises(ZooError, match=f"llm 'hf' of type '{family}' fails when it is run"):
         counts._check_llm(node, llm)
     assert run[len(layers) :] == sorted({*layers, llm.num_layers})
+
+
+@pytest.mark.parametrize(
+    "changes, reason",
+    [
+        (llm(model_type="falcon_h1"), "carry a state from token to token"),
+        (llm(model_type="bloom"), "takes a mask of padding alone"),
+        (llm(model_type="mistral", extra={"sliding_window": 16}), "sliding window of 16 is shorter than a row"),
+        (llm(model_type="mistral", extra={"sliding_window": 17}), ""),
+    ],
+)
+def test_several_dialogs_of_an_image_do_not_share_a_row_where_they_would_mix(changes, reason):
+    found = check(plan_with({**changes, **stage()})).stages[0].one_dialog
+    assert reason in found and bool(reason) == bool(found)
+    assert not check(plan_with({**changes, **stage(pack="none")})).stages[0].one_dialog
 
 
 STREAM = {"name": "hf", "streaming": True}

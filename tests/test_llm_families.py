@@ -15,7 +15,7 @@ from zoo import registry
 from zoo.checking.checker import check
 from zoo.checking.plan import Plan
 from zoo.composed.generate import Prompt, prompted
-from zoo.fusion.llm.attention import resolve_attention
+from zoo.fusion.llm.attention import as_backend_mask, block_mask, resolve_attention
 from zoo.fusion.llm.text_model import TEXT_MODELS, causal_types
 from zoo.fusion.pruners.inside.attention_tap import tap_attention
 from zoo.registry import ZooError
@@ -85,9 +85,30 @@ def test_a_family(llm):
     runs = attends(llm)
     if not runs:
         pytest.skip("transformers cannot run it with these sizes")
+    packs(llm)
     answers(llm)
     drops(llm)
     reads(llm)
+
+
+def packs(llm):
+    """Samples of one row compute what each computes alone, or the family is known to mix them."""
+    ids, kernel = row()[None], llm.lm.config._attn_implementation
+    parts = ids.tensor_split(2, 1)
+    places = [torch.arange(part.shape[1])[None] for part in parts]
+    segments = torch.cat([torch.full_like(place, n) for n, place in enumerate(places)], 1)
+    mask = as_backend_mask(block_mask(None, segments), kernel, torch.float32)
+    alone = [
+        llm.hidden(inputs_embeds=llm.embed(part), attention_mask=torch.ones_like(part), position_ids=place)
+        for part, place in zip(parts, places, strict=True)
+    ]
+    given = {"attention_mask": mask, "padding_mask": torch.ones_like(ids), "position_ids": torch.cat(places, 1)}
+    try:
+        together = llm.hidden(inputs_embeds=llm.embed(ids), **given).last_hidden_state
+        same = torch.allclose(together, torch.cat([out.last_hidden_state for out in alone], 1), atol=2e-3)
+    except Exception:  # a mask of another form than it takes
+        same = False
+    assert same == (not llm.mixes_rows)
 
 
 def attends(llm):

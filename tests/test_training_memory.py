@@ -10,6 +10,7 @@ from zoo.checking import memory
 from zoo.checking.checker import check
 from zoo.checking.plan import plan_from
 from zoo.cli.check_command import add_batches
+from zoo.registry import ZooError
 from zoo.settings.config import compose
 
 LLM = {"hidden_size": 48, "num_layers": 2, "num_heads": 3, "intermediate_size": 128}
@@ -75,6 +76,15 @@ def test_rows_are_those_of_the_data():
     assert plain.rows[0] == 16 and plain.rows[1] != assumed.rows[1]
     assert 0 < plain.labels < plain.rows[0] * plain.rows[1]
     assert not packed.estimated and packed.total == packed.weights + packed.optimizer + packed.step
+
+
+def test_rows_of_the_data_beyond_a_sliding_window_are_refused():
+    words = ["recipe=null", "data=[scenes]", "data.scenes.scenes=8", "data.scenes.size=32", "model=scenes_tiny"]
+    words += ["llm.num_layers=2", "llm.model_type=mistral", "llm.extra={sliding_window: 100}", "vision.depth=2"]
+    words += ["tokenizer.checkpoint=model:scenes_tiny", "+stages.a.batch_size=4", "+stages.a.steps=1"]
+    with pytest.raises(ZooError, match=r"a row of \d+ tokens holds several dialogs .* window of 100.*pack=none"):
+        add_batches(cfg := compose("check", words), check(plan_from(cfg)))
+    add_batches(cfg := compose("check", [*words, "stages.a.pack=none"]), check(plan_from(cfg)))
 
 
 def test_the_model_is_as_it_was(make_model):

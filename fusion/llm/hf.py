@@ -36,6 +36,7 @@ from zoo.fusion.llm.hf_config import (
     transformers_config,
 )
 from zoo.fusion.llm.kept_layers import keep_layers
+from zoo.fusion.llm.packing import why_mixed
 from zoo.fusion.llm.text_model import axes_of, causal_class
 from zoo.pretrained.origin import folder_of
 from zoo.registry import LanguageModel, LinearHead, Preset, ZooError, one_line, register, require_revision
@@ -106,6 +107,7 @@ class HFLanguageModel(LanguageModel, nn.Module):
         self.num_layers: int = text.num_hidden_layers
         self.max_positions: int | None = getattr(text, "max_position_embeddings", None)
         self.axes = axes_of(self.decoder)
+        self.mixes_rows = why_mixed(self.lm)
         self.num_experts = first_of(text, EXPERTS) or 0
         self.provides = frozenset({"moe"}) if self.num_experts > 1 else frozenset({"dense"})
         self.router_aux_coef = config.router_aux_coef

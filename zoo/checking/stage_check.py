@@ -121,7 +121,12 @@ def _check_rows(stage: Any, model: Any, plan: Any) -> None:
             f"pack_length={stage.pack_length} puts several samples into a row, and attention={plan.attention} takes no "
             "mask that keeps them apart: set pack_length=null, or attention=auto."
         )
-    window = getattr(model.llm.lm.config.get_text_config(), "sliding_window", None)
+    if stage.pack_length is not None and model.llm.mixes_rows:
+        raise ZooError(
+            f"pack_length={stage.pack_length} puts several samples into a row, and {model.llm.mixes_rows}: set "
+            "pack_length=null, and pack=none where data has several dialogs about an image."
+        )
+    window = window_of(model)
     if stage.pack_length is not None and window and stage.pack_length > window:
         raise ZooError(
             f"pack_length={stage.pack_length} makes rows that are longer than the LLM's sliding window of {window}, "
@@ -181,7 +186,14 @@ def _one_dialog(stage: Any, model: Any, plan: Any) -> str:
         return f"pruner {inside!r} chooses image tokens by the question"
     if plan.attention not in _MASKED:
         return f"attention={plan.attention} takes no mask that keeps dialogs apart"
-    return ""
+    if (window := window_of(model)) and window <= model.num_image_tokens:
+        return f"the LLM's sliding window of {window} is shorter than a row with an image"
+    return str(model.llm.mixes_rows)
+
+
+def window_of(model: Any) -> int | None:
+    """Return the sliding window of a model's LLM, which counts columns of a row; None: it has none."""
+    return getattr(model.llm.lm.config.get_text_config(), "sliding_window", None)
 
 
 def _check_losses(stage: Any, model: Any, distiller: Distiller | None) -> None:

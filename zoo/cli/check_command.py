@@ -8,6 +8,7 @@ from zoo.checking.data_check import check_data
 from zoo.checking.devices import scale_text, share_of
 from zoo.checking.kept_size import kept_note
 from zoo.checking.plan import plan_from
+from zoo.checking.stage_check import Stagecheck, window_of
 from zoo.loading.build import processor_alone
 from zoo.registry import ZooError
 from zoo.runs.batches import Batches
@@ -79,7 +80,18 @@ def add_batches(cfg: Any, report: CheckReport) -> None:
                 found.share_batch = _largest(Batches(mix, processor, share, 1, ShardPosition(), room=room))
         except ZooError:  # a broken record: `zoo data` finds them all
             continue
+        _require_window(found, report.parts)
         found.placeholder = processor.tokenizer.convert_tokens_to_ids(processor.tokenizer.image_token)
+
+
+def _require_window(stage: Stagecheck, parts: Any) -> None:
+    """Refuse rows of several dialogs or samples that are longer than the window in which the LLM attends."""
+    window, batch = window_of(parts), stage.batch
+    if window and batch is not None and "block_ids" in batch and (length := batch["labels"].shape[1]) > window:
+        raise ZooError(
+            f"Stage {stage.name!r}: a row of {length} tokens holds several dialogs or samples, and is longer than the "
+            f"LLM's sliding window of {window}. Set stages.{stage.name}.pack=none, and no pack_length."
+        )
 
 
 def scale_of(cfg: Any) -> Devices:

@@ -14,6 +14,7 @@ from zoo.composed.card_facts import HELD_OUT, UNKNOWN, Facts, cards_of, facts_in
 from zoo.composed.costs import DecoderSizes, encoder_flops, matmul_flops
 from zoo.composed.licences import on_card
 from zoo.composed.summary import PartNumbers, summary_of
+from zoo.fusion.llm.packing import carries_state
 from zoo.registry import Cut, Pruner
 from zoo.registry.foreign import read_json
 from zoo.storage.atomic import BESIDE, write_text
@@ -283,9 +284,10 @@ def _cost_rows(model: Any, summary: Any) -> list[str]:
     if (layers := tokens_by_layer(model)) is not None:
         if len(set(layers)) > 1:
             rows.append(f"| image tokens in the LLM's layers, mean | {sum(layers) / len(layers):.1f} |")
-        sizes = DecoderSizes.of(model.llm.lm.config.get_text_config(), model.llm.layers[0])
-        cost = matmul_flops(sizes, [n + TEXT_TOKENS for n in layers], head_rows=1)
-        rows.append(f"| prefill of an image and {TEXT_TOKENS} tokens of text | {size_text(cost)}FLOPs |")
+        if not carries_state(model.llm.lm):  # else layers are of several kinds, in no closed form
+            sizes = DecoderSizes.of(model.llm.lm.config.get_text_config(), model.llm.layers[0])
+            cost = matmul_flops(sizes, [n + TEXT_TOKENS for n in layers], head_rows=1)
+            rows.append(f"| prefill of an image and {TEXT_TOKENS} tokens of text | {size_text(cost)}FLOPs |")
     rows += [
         "",
         "FLOPs in closed form: products of matrices, 2 for a multiplication and its addition, no causal discount.",

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from zoo.fusion.llm.hf_config import TOP_K, first_of
+
 
 @dataclass(frozen=True)
 class DecoderSizes:
@@ -33,7 +35,7 @@ class DecoderSizes:
         heads = config.num_attention_heads
         products = 0
         for weight in [] if layer is None else layer.parameters():
-            used = 1 if weight.dim() == 2 else config.num_experts_per_tok / len(weight) if weight.dim() == 3 else 0
+            used = 1 if weight.dim() == 2 else (first_of(config, TOP_K) or 1) / len(weight) if weight.dim() == 3 else 0
             products += int(weight.numel() * used)
         return cls(
             config.hidden_size,

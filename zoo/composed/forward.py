@@ -342,6 +342,11 @@ class ForwardMixin(ImagesMixin):
     def _masks(self, sequence: LLMSequence, cache: Any) -> dict[str, Any]:
         """Return the masks for the LLM: of packed rows (B, 1, T, T), else as given."""
         mask, segment_ids = sequence.attention_mask, sequence.segment_ids
+        if self.llm.mixes_rows and (segment_ids is not None or sequence.block_ids is not None):
+            raise ZooError(
+                f"A row holds several samples or dialogs, and {self.llm.mixes_rows}: set pack=none and "
+                "pack_length=null in the stage."
+            )
         if self.compiled and segment_ids is None and mask is not None and self._mask_ahead(mask, cache):
             # Segments count from 0 and padding is -1, so a mask of 1 and 0, less one, is a row of one sample. With
             # segments the mask is made here, once: compiled layers would compute it for every head, 2 % of a step.
