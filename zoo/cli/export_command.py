@@ -129,8 +129,8 @@ def load_lines(place: str, format: str) -> list[str]:
             f'processor = AutoProcessor.from_pretrained("{place}")',
         ]
     if format == "gguf":
-        llm, clip = sorted(Path(place).glob("*.gguf"), key=lambda file: file.name.startswith("mmproj-"))
-        llm, clip = shlex.quote(str(llm)), shlex.quote(str(clip))
+        files = sorted(Path(place).glob("*.gguf"), key=lambda file: file.name.startswith("mmproj-"))
+        llm, clip = (shlex.quote(str(file)) for file in files)
         return [f"llama-mtmd-cli -m {llm} --mmproj {clip} --image photo.jpg -p 'What is this?'"]
     return ["import zoo", f'model, processor = zoo.load("dir:{place}")']
 
