@@ -2,6 +2,7 @@
 
 import io
 
+import numpy as np
 import pytest
 import torch
 
@@ -82,6 +83,18 @@ def test_what_is_asked_for_reaches_generate_and_the_rest_is_greedy(llava, monkey
     asked = seen[0] | (vars(seen[0]["generation_config"]) if "generation_config" in given else {})
     assert {name: asked.get(name) for name in wanted} == wanted and str(given) == before
     assert not ("generation_config" in given and {"max_new_tokens", "do_sample"} & seen[0].keys())
+
+
+def test_one_image_may_be_given_by_itself(llava):
+    folder, model, _ = llava
+    photo, path = build.photo(40, 60), folder / "photo.png"
+    wanted = model.chat("is it red?", photo, max_new_tokens=4)
+    array, file = np.asarray(photo), lambda: io.BytesIO(path.read_bytes())
+    for one in (photo, path, str(path), path.read_bytes(), array, array[None], file(), iter([path])):
+        assert model.chat("is it red?", images=one, max_new_tokens=4) == wanted
+    assert Talk(model).say("is it red?", file(), max_new_tokens=4) == wanted
+    with pytest.raises(ZooError, match=r"nowhere\.png"):
+        model.chat("is it red?", images="nowhere.png")
 
 
 def test_several_answers_are_refused(llava):

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from copy import copy
+from os import PathLike
 from typing import Any
 
 from torch import Tensor
@@ -10,6 +11,7 @@ from zoo.composed.generate_options import options_of
 from zoo.registry import Dialog, Sample, ZooError
 from zoo.text.stops import reader_for, streamer
 from zoo.vision.images.decode import open_image
+from zoo.vision.images.processors import flat
 from zoo.vision.images.video import Video, as_video
 
 LONGEST = 256  # tokens of an answer, where nothing states another number
@@ -51,8 +53,8 @@ class Talk:
 
         Args:
             text: the question.
-            images: paths, PIL images, arrays or bytes.
-            videos: paths, or `zoo.vision.images.video.Video`s.
+            images: paths, PIL images, arrays or bytes; one of them may be given by itself.
+            videos: paths, or `zoo.vision.images.video.Video`s, or one of them.
             stream: is called with each piece of the answer as soon as it is generated.
             max_new_tokens: the longest answer; None: 256, unless `max_length` or a `generation_config` states another.
             options: further ones of `generate`. Answers are greedy, unless `do_sample` or an option of draws is given,
@@ -69,8 +71,8 @@ class Talk:
                 "and their output to model.generate."
             )
         options = _settled(options, max_new_tokens)
-        films = [as_video(v) for v in videos]
-        sources = [*images, *films]
+        films = [as_video(v) for v in shown_in(videos)]
+        sources = [*shown_in(images), *films]
         content = [{"type": "video" if isinstance(s, Video) else "image"} for s in sources]
         turn = {"role": "user", "content": [*content, {"type": "text", "text": text}]}
         shown, sources = self._prepared(sources)
@@ -103,6 +105,12 @@ class Talk:
             return [*self.shown, *self.processor.prepare(sources)], []
         every = [*self._sources, *(s if isinstance(s, Video) else open_image(s) for s in sources)]
         return (self.processor.prepare(every) if sources else self.shown), every
+
+
+def shown_in(given: Any) -> list[Any]:
+    """Return the images or videos of an argument: those of a list or another iterable, or the one that it is."""
+    single = isinstance(given, (str, bytes, PathLike)) or hasattr(given, "shape") or hasattr(given, "read")
+    return flat(given if single or not isinstance(given, Iterable) else list(given))
 
 
 def _settled(options: dict[str, Any], longest: int | None) -> dict[str, Any]:

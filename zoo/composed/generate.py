@@ -239,13 +239,13 @@ class GenerateMixin(nn.Module):
             video: a path, or a `zoo.vision.images.video.Video`.
             options: `max_new_tokens`, `stream`, and those of `generate`.
         """
-        from zoo.composed.chat_session import Talk
+        from zoo.composed.chat_session import Talk, shown_in
 
         if isinstance(image, list | tuple):
             raise ZooError(
                 f"chat(image=) takes one image, got a {type(image).__name__}. Several go beside it: images=."
             )
-        shown = [*([image] if image is not None else []), *images]
+        shown = [*([image] if image is not None else []), *shown_in(images)]
         return Talk(self).say(text, shown, [video] if video is not None else [], **options)
 
 
