@@ -48,6 +48,15 @@ def naive(shallow, deep, grid, count, windows, side, share=0.5):
     return sorted(chosen + rest[: count - local])
 
 
+@pytest.mark.parametrize("merge", ["projected", "none"])
+def test_a_token_stays_where_windows_are_more_than_the_tokens(merge):
+    """With all of them by windows, none of which has a share of a token: the best of the deep block."""
+    image = scored()
+    left = build(windows="square", window=2, local_share=1.0, num_keep=5, merge=merge)(image)
+    best = image.cls_attention.argmax(1, keepdim=True)
+    assert torch.equal(left.valid, torch.zeros_like(left.valid).scatter(1, best, True))
+
+
 def averaged(y, stay):
     """Values of the tokens that stay: each with the mean of those that are most like it."""
     unit = [v / v.norm().clamp(min=1e-8) for v in y]

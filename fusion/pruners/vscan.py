@@ -141,8 +141,10 @@ class VScan(DropsInside, nn.Module):
             if image.grid is None or self.word not in image.block_attention:
                 raise ZooError(f"pruner 'vscan' needs the grid and {self.word}.")
             first = self._local(image.block_attention[self.word], image.grid, local)
-        rest = _ranks(deep.masked_fill(first, -torch.inf)) < k - local
-        return first | rest
+        more = k - local
+        if not more and not bool(first.any()):  # all by windows, which are more than tokens: one stays
+            more = 1
+        return first | (_ranks(deep.masked_fill(first, -torch.inf)) < more)
 
     def _local(self, scores: Tensor, grid: tuple[int, int], most: int) -> Tensor:
         """Choose `most` tokens (fewer with `windows=square`) by scores (M, N), over windows: (M, N) bool."""
