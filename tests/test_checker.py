@@ -448,6 +448,25 @@ def test_several_dialogs_of_an_image_do_not_share_a_row_where_they_would_mix(cha
     assert not check(plan_with({**changes, **stage(pack="none")})).stages[0].one_dialog
 
 
+@pytest.mark.parametrize(
+    "words, reason",
+    [
+        (
+            ["parallel.gather=bf16", "stages.a.precision=fp32"],
+            "parallel.gather=bf16 gathers weights for products in bf16",
+        ),
+        (["features.keep=bf16"], "features.keep does not work with FSDP"),
+        (["features.keep=bf16", "stages.a.train=[all]"], ""),  # nothing is kept of an encoder that trains
+        (["parallel.gather=bf16"], ""),  # precision=auto is bf16 on the devices that it is for
+    ],
+)
+def test_what_a_model_in_shards_does_not_do_is_refused(words, reason):
+    words = ["recipe=null", "model=scenes_tiny", "data=[scenes]", "+stages.a={train: [projector], steps: 1}", *words]
+    check(plan_from(compose("train", words)))  # each copy whole
+    with pytest.raises(RefusedError, match=f"Stage 'a': {reason}") if reason else nullcontext():
+        check(plan_from(compose("train", [*words, "parallel.shard=fsdp2"])), fixes=0)
+
+
 STREAM = {"name": "hf", "streaming": True}
 
 

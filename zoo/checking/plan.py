@@ -9,6 +9,7 @@ import torch
 
 from zoo.composed.own_checkpoints import require_there
 from zoo.settings.config import Typed
+from zoo.settings.parallel import ParallelConfig
 from zoo.settings.source import Source, source_named, source_of
 
 
@@ -29,6 +30,8 @@ class Plan:
     master_weights: str = "fp32"
     device: str = "auto"
     tensor: int = 1  # processes that share each layer of the LLM
+    parallel: ParallelConfig | None = None  # how the processes of a run share the model; None: not known
+    keep: str = "live"  # what a run keeps of frozen encoders
     made: Any = None  # the tokenizer itself, where it is loaded
     origin: str = ""  # folder or repository that all weights come from, if from one
     trained: bool = False  # the model has trained weights, even if its parts name no checkpoint
@@ -69,7 +72,8 @@ def plan_for(source: Source, tokenizer: Any = None) -> Plan:
 
 def plan_from(cfg: Any, tokenizer: Any = None) -> Plan:
     """Return the plan of a composed config; one with stages trains, so a preset in it starts from its parts."""
-    return replace(plan_for(source_of(cfg, pretrained=not cfg.stages), tokenizer), tensor=cfg.parallel.tensor)
+    run: dict[str, Any] = {"tensor": cfg.parallel.tensor, "parallel": ParallelConfig(**cfg.parallel)}
+    return replace(plan_for(source_of(cfg, pretrained=not cfg.stages), tokenizer), **run, keep=cfg.features.keep)
 
 
 def plan_of(name: str, *overrides: str) -> Plan:

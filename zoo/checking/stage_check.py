@@ -14,8 +14,10 @@ from zoo.checking.plan import device_of
 from zoo.composed.assembly import build_distiller
 from zoo.fusion.llm.attention import require_attention
 from zoo.registry import Distiller, ZooError, unknown
+from zoo.runs.kept_features import SHARDED
 from zoo.runs.lengths import require_positions
 from zoo.runs.optim import parts_of, rate_scales
+from zoo.runs.sharding import gathers_short, require_one_format
 
 _MASKED = ("eager", "sdpa", "zoo_eager", "auto")  # kernels that take a mask (B, 1, T, T), which packed rows need
 
@@ -66,6 +68,7 @@ def check_stage(name: str, stage: Any, model: Any, plan: Any, weights: int) -> S
         distiller, teacher = _check_distiller(name, stage, model, plan) if stage.distiller else (None, 0)
         if not stage.distiller and stage.teacher:
             raise ZooError(f"a teacher is named, but no distiller: set stages.{name}.distiller.")
+        _check_shards(stage, model, plan)
         _check_losses(stage, model, distiller)
         _check_rates(stage, model, distiller)
     except ZooError as error:
@@ -214,6 +217,17 @@ def _check_losses(stage: Any, model: Any, distiller: Distiller | None) -> None:
             raise unknown("loss in this stage (loss_weights)", name, known)
     if not any(stage.loss_weights.get(name, 1.0) for name in known):
         raise ZooError(f"all losses weigh 0 ({', '.join(sorted(known))}), so nothing is learnt.")
+
+
+def _check_shards(stage: Any, model: Any, plan: Any) -> None:
+    """Refuse what a model in shards does not do, where the run asks for FSDP2 and not its launcher."""
+    if plan.parallel is None or plan.parallel.shard != "fsdp2":
+        return
+    gathers_short(plan.parallel, [stage.precision or plan.precision])
+    if (stage.master_weights or plan.master_weights) == "none":
+        require_one_format(model)
+    if plan.keep != "live" and model.vision is not None and not any(p.requires_grad for p in model.vision.parameters()):
+        raise ZooError(SHARDED)
 
 
 def _check_rates(stage: Any, model: Any, distiller: Distiller | None) -> None:

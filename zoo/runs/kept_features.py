@@ -28,6 +28,11 @@ from zoo.vision.images.identity import identify
 from zoo.vision.images.processors import FEATURES, Shown, cut_of, flat, has_several
 from zoo.vision.images.video import Video
 
+SHARDED = (
+    "features.keep does not work with FSDP: all processes run a sharded encoder together, and here one may have images "
+    "to encode while others have none. Set features.keep=live, or train with DDP."
+)
+
 
 def keep_features(
     config: FeaturesConfig,
@@ -64,10 +69,7 @@ def keep_features(
         note(f"stage {stage}: the encoder trains, and its features are not kept")
         return None
     if sharded:
-        raise ZooError(
-            "features.keep does not work with FSDP: all processes run a sharded encoder together, and here one may "
-            "have images to encode while others have none. Set features.keep=live, or train with DDP."
-        )
+        raise ZooError(SHARDED)
     about = {
         "encoder": dict(model.config.slots)["vision"],
         "weights": weights_hash(vision),

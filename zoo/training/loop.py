@@ -11,7 +11,7 @@ import signal
 import threading
 import time
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +72,10 @@ def main(cfg: DictConfig) -> RunFolder:
         if os.environ.get("RANK", "0") == "0":
             print("\n".join([f"Replaying {cfg.lock}.", *(f"  different here: {note}" for note in notes)]))
     elif not cfg.resume:
-        report = check(plan_from(cfg))  # before a folder is made or data is read
+        plan = plan_from(cfg)
+        if os.environ.get("WORLD_SIZE", "1") == "1":  # or launched otherwise: the run finds it when processes are there
+            plan = replace(plan, parallel=None)  # one process holds the model whole, whatever the config asks for
+        report = check(plan)  # before a folder is made or data is read
         if alone := [stage for stage in report.stages if stage.one_dialog]:  # in a later stage it would cost a training
             check_data(cfg, alone)
     with Run(cfg) as run:
