@@ -66,6 +66,19 @@ def test_shares_and_what_is_sent_are_those_by_hand():
     assert found.bound(Devices(devices=4, memory=1e-9)) == "memory"
 
 
+def test_layers_that_a_stage_does_not_run_are_not_gathered():
+    """An encoder that learns from dense targets alone."""
+    made = model()
+    made.requires_grad_(False)
+    made.vision.requires_grad_(True)
+    answers, _ = spread(4, made=made)
+    alone, _ = spread(4, made=made, loss_weights={"answer": 0.0}, distiller="dense")
+    inside = {id(p) for layer in made.llm.layers for p in layer.parameters()}
+    root = sum(p.numel() * (4 if p.requires_grad else 2) for p in made.parameters() if id(p) not in inside)
+    assert alone.sent["gather weights"][0] == 3 * root // 4 < answers.sent["gather weights"][0]
+    assert alone.gathered < answers.gathered and alone.weights == answers.weights
+
+
 def test_layers_that_devices_share():
     made = model()
     shapes = local_shapes(made, 2)

@@ -12,6 +12,7 @@ from zoo.checking.plan import plan_from
 from zoo.cli.check_command import add_batches
 from zoo.registry import ZooError
 from zoo.settings.config import compose
+from zoo.settings.stage import Stage
 
 LLM = {"hidden_size": 48, "num_layers": 2, "num_heads": 3, "intermediate_size": 128}
 LORA = {"adapter": {"lora": {"name": "lora"}}}
@@ -76,6 +77,22 @@ def test_rows_are_those_of_the_data():
     assert plain.rows[0] == 16 and plain.rows[1] != assumed.rows[1]
     assert 0 < plain.labels < plain.rows[0] * plain.rows[1]
     assert not packed.estimated and packed.total == packed.weights + packed.optimizer + packed.step
+
+
+def test_a_pass_has_what_the_distiller_compares():
+    """Without answers too: a distiller of hidden states runs the LLM, and holds each layer's."""
+    alone = Stage(steps=1, loss_weights={"answer": 0.0}, distiller="dense")
+    for needs, runs in (
+        (frozenset(), False),
+        ({"student.image"}, False),
+        ({"student.hidden"}, True),
+        ({"teacher.response"}, True),
+    ):
+        options = memory.options_of(alone, frozenset(needs))
+        assert options["run_llm"] == alone.runs_llm(needs) == runs
+        assert bool(options.get("output_hidden_states")) == ("student.hidden" in needs)
+    assert memory.options_of(alone, frozenset({"student.logits"}))["all_logits"]
+    assert memory.options_of(Stage(steps=1), frozenset())["run_llm"]
 
 
 def test_rows_of_the_data_beyond_a_sliding_window_are_refused():

@@ -16,10 +16,9 @@ from typing import Any
 import torch
 
 from zoo.checking.dry_run import Trace, Unit, trace_step
-from zoo.checking.memory import assumed_batch, by_formula, set_up
+from zoo.checking.memory import assumed_batch, by_formula, options_of, set_up
 from zoo.checking.plan import Plan
 from zoo.composed.masters import to_widen
-from zoo.composed.outputs import LOSS_ALONE
 from zoo.registry import IGNORE_INDEX
 from zoo.runs.optim import matrices_in
 from zoo.runs.tensor_parallel import DIVIDED, planned
@@ -97,7 +96,13 @@ class OnDevice:
 
 
 def on_device(
-    stage: Any, model: Any, plan: Plan, scale: Devices, parallel: ParallelConfig, batch: Any = None
+    stage: Any,
+    model: Any,
+    plan: Plan,
+    scale: Devices,
+    parallel: ParallelConfig,
+    batch: Any = None,
+    needs: frozenset[str] = frozenset(),
 ) -> OnDevice:
     """Return what a device of many holds and sends in a stage.
 
@@ -108,6 +113,7 @@ def on_device(
         scale: the devices.
         parallel: how they share the model; `none`: DDP, else FSDP2.
         batch: rows of one device and pass, of `ZooProcessor.collate`; None: they are assumed.
+        needs: words of the stage's distiller.
 
     Raises:
         ZooError: the LLM has no plan for tensor parallelism, or its heads do not divide.
@@ -118,8 +124,8 @@ def on_device(
     batch = batch if batch is not None else assumed_batch(stage, model, samples)
     set_up(model, stage, plan, GPU, precision)
     weights = _Weights(model, stage, plan, scale, parallel, precision)
-    answers = stage.loss_weights.get("answer", 1.0) > 0 or bool(stage.teacher)
-    options = LOSS_ALONE | {"all_logits": False, "run_llm": answers, "run_head": answers}
+    options = options_of(stage, needs)
+    weights.runs_llm = options["run_llm"]
     given = {"passes": found.passes, "options": options, **weights.of_trace()}
     try:
         trace = trace_step(model, batch, precision, weights.wide, **given)
@@ -159,6 +165,7 @@ class _Weights:
         self, model: Any, stage: Any, plan: Plan, scale: Devices, parallel: ParallelConfig, precision: str
     ) -> None:
         self.scale, self.sharded = scale, parallel.shard != "none"
+        self.runs_llm = True  # else its layers are not gathered
         self.wide = to_widen(model, precision) if (stage.master_weights or plan.master_weights) == "fp32" else {}
         wide = {id(p) for p in self.wide.values()}
         self.named = dict(model.named_parameters(remove_duplicate=False))
@@ -200,6 +207,10 @@ class _Weights:
                 found[self.layer_of[name]].append(name)
         return list(found.values())
 
+    def run(self) -> list[list[str]]:
+        """The weights of each layer that is gathered in a pass."""
+        return self.units() if self.runs_llm else []
+
     def root(self) -> list[str]:
         return [n for n in self.first if n not in self.layer_of]
 
@@ -225,7 +236,7 @@ class _Weights:
             return
         root, mine = self.whole(self.root(), self.gathered_in), [n for n in self.root() if self.named[n].requires_grad]
         # With the largest moment of the passes: the root, a layer, and the next one as it comes.
-        found.gathered = root + 2 * max((self.whole(names, self.gathered_in) for names in self.units()), default=0)
+        found.gathered = root + 2 * max((self.whole(names, self.gathered_in) for names in self.run()), default=0)
         # As the root comes it is there twice, in the buffer and in its place. At the end its gradients are there, and
         # again in the buffer in which they are reduced, beside the shares of the others; its weights are gone.
         ends = self.whole(mine, self.stored) + sum(self.numel(n) for n in mine) * self.reduced_in
@@ -248,7 +259,7 @@ def _send(
 
     if weights.sharded:
         part = (scale.shards - 1) / scale.shards
-        layers = sum(weights.whole(names, weights.gathered_in) for names in weights.units())
+        layers = sum(weights.whole(names, weights.gathered_in) for names in weights.run())
         times = 2 if any(p.requires_grad for p in model.parameters()) else 1  # forward and backward
         root = weights.whole(weights.root(), weights.gathered_in)
         add("gather weights", part * passes * (times * layers + root), scale.shards, scale.tensor)

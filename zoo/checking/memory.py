@@ -21,6 +21,7 @@ from zoo.fusion.llm.attention import resolve_attention
 from zoo.registry import IGNORE_INDEX, Cut
 from zoo.runs.optim import matrices_in
 from zoo.storage.precision import resolve_precision
+from zoo.teaching.teacher import forward_options
 from zoo.text.sizes import size_text
 
 TEXT = 64  # tokens of text beside images, of a row that is assumed
@@ -77,8 +78,7 @@ def memory_of(stage: Any, model: Any, plan: Plan, *, weights: int, distiller: An
     batch = batch if batch is not None else assumed_batch(stage, model)
     labels = int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
     set_up(model, stage, plan, device, precision)
-    answers = stage.loss_weights.get("answer", 1.0) > 0 or bool(stage.teacher)
-    options = LOSS_ALONE | {"all_logits": False, "run_llm": answers, "run_head": answers}
+    options = options_of(stage, frozenset() if distiller is None else frozenset(distiller.needs))
     try:
         step, _ = bytes_of_step(model, batch, precision, wide, passes=stage.accumulate, options=options)
         estimated = False
@@ -86,6 +86,17 @@ def memory_of(stage: Any, model: Any, plan: Plan, *, weights: int, distiller: An
         step, estimated = by_formula(stage, model, batch, labels) + sum(trained.values()), True
     rows = tuple(batch["labels"].shape)
     return Memory(weights + head, masters, moments + 2 * head, step + head, (rows[0], rows[1]), labels, estimated)
+
+
+def options_of(stage: Any, needs: frozenset[str]) -> dict[str, Any]:
+    """Return the options of a training pass; the head runs for a distiller without answers too, which has its own.
+
+    Args:
+        stage: its settings.
+        needs: words of its distiller; of none without one.
+    """
+    runs = stage.runs_llm(needs)
+    return LOSS_ALONE | {"all_logits": False, "run_llm": runs, "run_head": runs} | forward_options(needs, "student")
 
 
 def assumed_batch(stage: Any, model: Any, samples: int = 0) -> dict[str, Any]:

@@ -86,7 +86,7 @@ def check_stage(name: str, stage: Any, model: Any, plan: Any, weights: int) -> S
 
     def spread(scale: Any, parallel: Any, batch: Any, placeholder: int) -> OnDevice:
         set_up(placeholder)
-        return on_device(stage, model, plan, scale, parallel, batch)
+        return on_device(stage, model, plan, scale, parallel, batch, needs)
 
     needs, grid = (frozenset(), None) if distiller is None else (frozenset(distiller.needs), distiller.grid)
     return Stagecheck(name, trainable, measure, spread, _one_dialog(stage, model, plan), needs, grid)

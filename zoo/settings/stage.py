@@ -150,6 +150,11 @@ class Stage:
             return None
         return {"name": self.distiller} if isinstance(self.distiller, str) else dict(self.distiller)
 
+    def runs_llm(self, needs: Iterable[str] = ()) -> bool:
+        """Whether passes run the LLM: for answers, or for what a distiller with these needs compares."""
+        inside = any(n.startswith("teacher.") or n in ("student.hidden", "student.logits") for n in needs)
+        return self.loss_weights.get("answer", 1.0) > 0 or inside
+
     @property
     def teacher_node(self) -> dict[str, Any] | None:
         """The teacher as a mapping with all of `TEACHER`, or None."""

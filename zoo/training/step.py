@@ -61,8 +61,7 @@ class TrainStep(nn.Module):
         self.asked = frozenset({"prefix_tokens"} if "student.prefix" in needs else ()) - model.requested
         model.requested |= self.asked
         # A stage that trains an encoder on dense targets alone skips the LLM, and its batches have no text.
-        inside = any(n.startswith("teacher.") or n in ("student.hidden", "student.logits") for n in needs)
-        self.run_llm = stage.loss_weights.get("answer", 1.0) > 0 or inside
+        self.run_llm = stage.runs_llm(needs)
         self.student_options = LOSS_ALONE | ({} if distiller is None else forward_options(needs, "student"))
         if stage.loss_weights.get("answer", 1.0) == 0 and not self.student_options["all_logits"]:
             self.student_options["run_head"] = False  # the vocabulary's logits are the largest tensor of a pass
