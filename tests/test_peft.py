@@ -149,6 +149,9 @@ def test_a_wrapped_model_is_not_saved_into_a_folder_that_cannot_be_loaded(llava,
         again = zoo.ZooModel.from_pretrained(tmp_path / "own")
         assert torch.equal(again(**batch).logits, model(**batch).logits)
     model, _ = zoo.load(f"dir:{folder}")
+    model.vision.base_layer = torch.nn.Sequential(torch.nn.Linear(2, 2))  # a name that timm's DLA has, too
+    model.save_pretrained(tmp_path / "own")
+    del model.vision.base_layer
     for more in ({}, {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}):
         config = peft.LoraConfig(**{"r": 2, "target_modules": ["q_proj"], "init_lora_weights": False} | more)
         wrapped = peft.get_peft_model(copy.deepcopy(model), config).eval()

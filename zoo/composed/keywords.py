@@ -3,6 +3,7 @@
 Each is used or refused: a keyword that is ignored silently loads other weights than were asked for.
 """
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -45,7 +46,7 @@ _SAVE_REFUSED = {
     "distributed_checkpoint": "weights are written whole",
     "variant": "a folder holds one set of weights; name another folder",
 }
-_WRAPPED = frozenset({"base_layer", "original_module"})  # in names of weights below a wrapper of PEFT
+_WRAPPED = re.compile(r"\.(?:base_layer|original_module)\.")  # in names of weights below a wrapper of PEFT
 _PUSH = {"commit_description", "commit_message", "create_pr", "private", "repo_id", "revision", "tags", "token"}
 
 
@@ -86,16 +87,20 @@ def require_save(given: Mapping[str, Any], pushed: bool) -> None:
     _require("save_pretrained", {k: v for k, v in rest.items() if k not in allowed}, _SAVE_REFUSED, named | allowed)
 
 
-def require_own_layers(names: Iterable[str]) -> None:
+def require_own_layers(model: nn.Module, names: Iterable[str]) -> None:
     """Refuse to save a model whose layers are wrapped by PEFT: a folder with their names could not be loaded.
 
     Args:
-        names: of its weights; adapters of the zoo keep those of the layers that they wrap.
+        model: whose weights are saved.
+        names: of the weights; adapters of the zoo keep those of the layers that they wrap.
 
     Raises:
         ZooError: with a wrapped weight, and how to save it.
     """
-    if wrapped := next((n for n in names if not _WRAPPED.isdisjoint(n.split("."))), None):
+    wrappers = {path for path, module in model.named_modules() if type(module).__module__.startswith("peft.")}
+    if wrapped := next(
+        (n for n in names if wrappers and _WRAPPED.split(n)[0] in wrappers and _WRAPPED.search(n)), None
+    ):
         raise ZooError(
             f"{wrapped!r} is inside a layer of PEFT, from get_peft_model: save the adapter by the save_pretrained of "
             "the PeftModel, or the whole by peft_model.merge_and_unload().save_pretrained(...)."

@@ -145,7 +145,7 @@ class ZooModel(PartsMixin, ForwardMixin, GenerateMixin, LanguageModelMixin, PreT
         state = state_of(self, state_dict) if is_main_process or state_dict is None else {}
         if not is_main_process:
             return
-        require_own_layers(state)
+        require_own_layers(self, state)
         if include_base:
             self.bases.require_whole(self)
         folder = Path(save_directory)
