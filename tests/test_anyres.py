@@ -1,6 +1,7 @@
 """The anyres layout: counts are what comes out, lines end with the newline, padding is cut off."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -41,6 +42,34 @@ def test_a_large_grid_is_scaled_to_the_tokens_of_so_many_crops(grid):
     made = layout(grid=grid, num_tokens=n, encoder_grid=grid, newline=False, max_crops=1)
     _, lines, columns = made._shape(cut((32, 32), made))  # of four crops
     assert n / 2 <= lines * columns <= n, (lines, columns)
+
+
+@pytest.mark.parametrize("grid", [(2, 2), (6, 2), (2, 6), (6, 3)])
+def test_a_picture_that_fills_its_crops_loses_nothing_whatever_the_shape_of_patches(grid):
+    made = layout(grid=grid, num_tokens=math.prod(grid), encoder_grid=grid)
+    for size in PINPOINTS:
+        one = cut(size, made)
+        assert made._shape(one) == ((0, 0), *(a * n for a, n in zip(made._crops(size), grid, strict=True)))
+    (top, left), lines, columns = made._shape(cut((8, 32), made))  # half of 16 x 32, in the middle
+    assert left == 0 and columns == 2 * grid[1] and top == grid[0] // 4 and lines == grid[0] - 2 * top
+
+
+@pytest.mark.parametrize("kept_lines", [False, True])
+@pytest.mark.parametrize("size", [(1, 90), (90, 1), (1, 1)])
+def test_of_a_picture_thinner_than_a_patch_the_overview_stays(size, kept_lines):
+    """Its crops show padding alone; with a pruner, too, and with kept positions."""
+    for kept in (4, 3):
+        whole = layout(pruned=False)
+        made = layout(grid=None if kept < 4 else (2, 2), num_tokens=kept, kept_lines=kept_lines)
+        one = cut(size, made)
+        image = features(m=one.rows, grid=(2, 2))
+        image = image.take_best(torch.arange(4)[:kept].expand(one.rows, -1)).placed(4) if kept < 4 else image
+        image = replace(image, tokens=image.tokens[..., :6])
+        out = made(made.project(image, lambda i: i.tokens, [one]), [one])
+        assert len(out) == made.count(one) >= kept
+        if kept < 4:
+            places = made.places(image.places, image, [one], whole)
+            assert len(places) == len(out) and 0 <= int(places.min()) <= int(places.max()) <= whole.count(one)
 
 
 def test_crops_stand_where_they_were_in_the_image():

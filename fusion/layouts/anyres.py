@@ -205,7 +205,7 @@ class AnyRes(Layout, nn.Module):
         assert self.whole is not None, "called for pruned crops"
         ((top, _), lines, _), (rows, across), (h, w) = self._shape(cut), self._crops(cut.size), self.whole
         crop, place = joined // keep.shape[1] - 1, keep.flatten()[joined]
-        high = rows * h - 2 * top
+        high = max(1, rows * h - 2 * top)  # of a picture thinner than a patch nothing may be left
         # Tokens on padding, kept where nothing else was left, count to the nearest line.
         line = (crop // across * h + place // w - top).clamp(0, high - 1)
         ends = torch.arange(lines, device=joined.device)
@@ -317,16 +317,17 @@ class AnyRes(Layout, nn.Module):
         lines, columns = rows * h, across * w
         height, width = cut.size
         top = left = 0
+        broad = self.image_size[1] * h / (self.image_size[0] * w)  # width of a patch over its height, in pixels
         # Rounded to seven places, as in transformers' `unpad_image`: counts must agree where the ratio is nearly exact.
-        if width / height > columns / lines:
-            top = (lines - int(round(height * (columns / width), 7))) // 2
+        if width / height > columns / lines * broad:
+            top = (lines - int(round(height * (columns / width) * broad, 7))) // 2
         else:
-            left = (columns - int(round(width * (lines / height), 7))) // 2
+            left = (columns - int(round(width * (lines / height) / broad, 7))) // 2
         lines, columns = lines - 2 * top, columns - 2 * left
         if self.config.max_crops:
             ratio = math.sqrt(lines * columns / (self.config.max_crops * h * w))
             if ratio > 1.1:  # the released threshold: small excesses are not worth resampling
-                lines, columns = int(lines // ratio), int(columns // ratio)
+                lines, columns = max(1, int(lines // ratio)), max(1, int(columns // ratio))
         return (top, left), lines, columns
 
 

@@ -59,7 +59,8 @@ def _of_chosen(layout: Any, cut: Cut, rows: Tensor, about: dict[str, Any]) -> Te
     """Of an overview and tiles, by the places (R, K) of what was kept of each: (L,)."""
     order = layout._order(cut, rows, **about)  # -1 a newline
     _, lines, columns = layout._shape(cut)
-    ends = math.prod(layout.whole) + torch.arange(1, lines + 1, device=rows.device) * (columns + 1) - 1  # of lines
+    count = max(1, lines)  # of a picture thinner than a patch no line may be left
+    ends = math.prod(layout.whole) + torch.arange(1, count + 1, device=rows.device) * (columns + 1) - 1  # of lines
     numbers = (order < 0).cumsum(0) - 1
     return torch.where(order < 0, ends[numbers], stitched_places(layout, cut, rows)[order])
 
@@ -68,7 +69,7 @@ def stitched_places(layout: Any, cut: Cut, rows: Tensor) -> Tensor:
     """Where patches of an overview and of tiles (R, K) are in an unpruned run: (R * K,)."""
     (top, left), lines, columns = layout._shape(cut)
     (down, across), (h, w) = layout._tiles(cut, len(rows) - 1), layout.whole
-    high, wide = down * h - 2 * top, across * w - 2 * left
+    high, wide = max(1, down * h - 2 * top), max(1, across * w - 2 * left)
     tile = torch.arange(len(rows) - 1, device=rows.device).unsqueeze(1)
     line = (tile // across * h + rows[1:] // w - top).clamp(0, high - 1)  # (tiles, K)
     column = (tile % across * w + rows[1:] % w - left).clamp(0, wide - 1)
