@@ -9,6 +9,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from shutil import rmtree
 from tempfile import mkdtemp
 from typing import Any
 
@@ -66,6 +67,7 @@ def trained(run: Run, name: str, words: Sequence[str], stages: Mapping[str, Mapp
         if (steps := training.progress.global_step - done) > 0:
             (folder / COST).write_text(json.dumps((time.process_time() - begun) / steps), encoding="utf-8")
         save_model(training)
+    rmtree(folder / "checkpoints", ignore_errors=True)  # of a whole model with its moments: a gigabyte an arm
     return folder / "model"
 
 

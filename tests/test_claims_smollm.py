@@ -91,7 +91,7 @@ def test_an_arm_is_kept_gone_on_with_and_scored(tmp_path, monkeypatch):
         with pytest.raises(ZeroDivisionError):
             smollm.trained(run(), "an arm, small", [*SMALL, *SCENES], stages)
     folder = smollm.trained(run(), "an arm, small", [*SMALL, *SCENES], stages)
-    assert folder == tmp_path / "x-0" / "an_arm__small" / "model"
+    assert folder == tmp_path / "x-0" / "an_arm__small" / "model" and not (folder.parent / "checkpoints").exists()
     with monkeypatch.context() as again:
         again.setattr(smollm, "Training", None)
         assert smollm.trained(run(), "an arm, small", [*SMALL, *SCENES], stages) == folder  # trained already
