@@ -283,7 +283,7 @@ def pooled_balance(records: Records, rows: int) -> Tensor:
 
     Args:
         records: (probs (S, E), chosen (S,), which tokens (S,) count or None) of each layer.
-        rows: samples, so that S is rows * T.
+        rows: samples, so that S is rows * T; a packed row counts as one.
     """
     mean = share = count = records[0][0].new_zeros(())
     for probs, chosen, keep in records:

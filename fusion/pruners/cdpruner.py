@@ -13,8 +13,9 @@ mean cosine of a projected token with the LLM's embeddings of the question, as i
 Departures. Where the tokens chosen explain all others, which happens once more are kept than the projector's output has
 dimensions, the rest goes by relevance; the authors' code then repeats a token. Where all tokens are equally relevant,
 or the question has no words, tokens are chosen by diversity alone; that code divides by zero. A question longer than
-the text tower takes is read in pieces that each begin and end as a text does; that code cuts the padded ids. Rows of
-the kernel are computed as they are needed, so that memory grows with N K, never with N x N.
+the text tower takes is read in pieces that each begin and end as a text does; that code cuts the padded ids. Of images
+that keep their shapes those of one grid have the range of their relevance in common, not all of a prompt. Rows of the
+kernel are computed as they are needed, so that memory grows with N K, never with N x N.
 """
 
 from dataclasses import dataclass
@@ -44,7 +45,7 @@ class CDPrunerConfig:
     sign: int = -1  # -1: tokens that are less alike the question are relevant, as released | 1: more alike
     # balance of relevance (towards 1) and diversity (0), in [0, 1); null: relevance as it is, as released
     theta: float | None = None
-    normalise: str = "prompt"  # range of the relevance: of all crops and images of a prompt | of each crop
+    normalise: str = "prompt"  # range of the relevance: of all crops and images of a prompt, of one grid | of each crop
     similarity: str = "projected"  # tokens are compared behind the projector | as the encoder gives them, for less
     as_released: bool = False  # cosines of tokens normalised in their own data type; an empty question counts
 
