@@ -79,7 +79,7 @@ def arms(extended: str, layers: int) -> dict[str, tuple[list[str], dict[str, Any
         extended: options of `moextend` that name layers and sources, as `zoo shift` prints them.
         layers: of the language model.
     """
-    adapter = ["adapter=[moextend]", "adapter.moextend.guard=true", "llm.router_aux_coef=0"]
+    adapter = ["adapter=[moextend]", "llm.router_aux_coef=0"]
     all_layers = f"adapter.moextend.layers=[{','.join(map(str, range(EVERY - 1, layers, EVERY)))}]"
     new = {"train": ["projector", "adapter"]}
     full = {"train": ["projector", "llm"], "freeze": ["llm.*embed_tokens*"]}
@@ -123,8 +123,8 @@ def _add(run: Run, name: str, folder: Path, baselines: bool = False) -> None:
     run.add({f"{name}, old domains": mean([rows[old] for old in OLD])})
     run.add({f"{name}, new domain": mean([rows[new] for new in NEW_DOMAIN])})
     if model.adapter:
-        run.add({f"{name}, {GUARD}": same_text(model, processor)})
-        model, processor = loaded(folder, "adapter.moextend.guard=false")
+        guarded, _ = loaded(folder, "adapter.moextend.guard=true")
+        run.add({f"{name}, {GUARD}": same_text(guarded, processor)})
     run.add({f"{name}, {TEXT}": _perplexity(model, processor, run.size(46, 2))})
 
 

@@ -87,24 +87,25 @@ def require_save(given: Mapping[str, Any], pushed: bool) -> None:
     _require("save_pretrained", {k: v for k, v in rest.items() if k not in allowed}, _SAVE_REFUSED, named | allowed)
 
 
-def require_own_layers(model: nn.Module, names: Iterable[str]) -> None:
+def require_own_layers(model: Any, names: Iterable[str]) -> None:
     """Refuse to save a model whose layers are wrapped by PEFT: a folder with their names could not be loaded.
 
     Args:
-        model: whose weights are saved.
+        model: a composed model, whose weights are saved.
         names: of the weights; adapters of the zoo keep those of the layers that they wrap.
 
     Raises:
         ZooError: with a wrapped weight, and how to save it.
     """
     wrappers = {path for path, module in model.named_modules() if type(module).__module__.startswith("peft.")}
-    if wrapped := next(
-        (n for n in names if wrappers and _WRAPPED.split(n)[0] in wrappers and _WRAPPED.search(n)), None
-    ):
-        raise ZooError(
-            f"{wrapped!r} is inside a layer of PEFT, from get_peft_model: save the adapter by the save_pretrained of "
-            "the PeftModel, or the whole by peft_model.merge_and_unload().save_pretrained(...)."
-        )
+    own = {f"llm.lm.{name}" for adapter in model.adapter.values() for name in adapter.adapter_state_dict()}
+    for name in names if wrappers else ():
+        parts = _WRAPPED.split(name)
+        if len(parts) > 1 and parts[0] in wrappers and name not in own:
+            raise ZooError(
+                f"{name!r} is inside a layer of PEFT, from get_peft_model: save the adapter by the save_pretrained of "
+                "the PeftModel, or the whole by peft_model.merge_and_unload().save_pretrained(...)."
+            )
 
 
 def put(model: nn.Module, state: Mapping[str, Tensor], where: str) -> set[str]:
