@@ -4,6 +4,7 @@ import contextlib
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -47,9 +48,9 @@ class Composed:
 
 
 @pytest.mark.parametrize("claim", [mole_smollm, vlora_smollm, pool_smollm, pruning_smollm])
-def test_every_arm_fits_with_its_stages(claim, monkeypatch):
+def test_every_arm_fits_with_its_stages(claim, monkeypatch, tmp_path):
     """As they are measured, from checkpoints of packages; those of the other claims are run below."""
-    run = Run(0, show=lambda text: None)
+    run = Run(0, show=lambda text: None, file=RowFile(tmp_path / "x-0.jsonl", {}, print))
     composed = Composed(run)
     model = SimpleNamespace(adapter={})
     stand_ins = {
@@ -57,6 +58,7 @@ def test_every_arm_fits_with_its_stages(claim, monkeypatch):
         "loaded": lambda folder, *words: (model, None),
         "scores": lambda *a, **k: {"all": 0.5},
         "same_text": lambda *a: 1.0,
+        "photos": lambda split: (np.zeros((20, 28, 28), np.uint8), np.arange(20) % 10),
     }
     for name, stand_in in stand_ins.items():
         if hasattr(claim, name):
