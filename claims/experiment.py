@@ -129,7 +129,7 @@ class RowFile:
             aside = path.with_suffix(".other.jsonl")
             path.replace(aside)
             self._remove_folder()
-            show(f"{path}: of other options, another torch or another state of claims/; begins anew, it is now {aside}")
+            show(f"{path}: of other options, another torch or other code of the claim; begins anew, it is now {aside}")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("".join(json.dumps(line) + "\n" for line in (head, *self.lines)), encoding="utf-8")
 

@@ -4,16 +4,13 @@ from typing import Any
 
 from zoo.registry import ZooError
 
+# Upper bounds of sizes, far above every encoder: building a larger one would take hours or exhaust the memory.
 _MOST = {"image_size": 2**14, "width": 2**16, "depth": 1000, "registers": 1024}
 
 
 def check_divides(patch_size: int, image_size: int) -> None:
     if patch_size < 1 or image_size % patch_size:
         raise ZooError(f"patch_size {patch_size} does not divide image_size {image_size}.")
-
-
-# Upper bounds of sizes, far above every encoder: building a larger one would take hours or exhaust the memory.
-_MOST = {"image_size": 2**14, "width": 2**16, "depth": 1000, "registers": 1024}
 
 
 def check_sizes(config: Any) -> None:

@@ -27,7 +27,7 @@ from zoo.storage.atomic import write_json, writing, written_beside
 from zoo.storage.safetensors_file import header_of
 from zoo.storage.weights import fingerprint, library_versions
 
-VERSION = 2  # of the converters and of what is done behind them: raised when something else is written
+VERSION = 3  # of the converters and of what is done behind them: raised when something else is written
 _LINE = 64  # bytes of a cache line
 
 
