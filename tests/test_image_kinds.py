@@ -118,6 +118,10 @@ def test_what_is_transparent_is_white_at_every_depth():
     assert seen(raw_png(2, 1, 8, 0, [b"\x80\x12"], chunk(b"tRNS", b"\0\x12"))) == grey
     assert seen(raw_png(2, 1, 16, 4, [struct.pack(">HHHH", 0x8000, 0xFFFF, 0, 0)])) == grey
     assert seen(raw_png(2, 1, 8, 4, [b"\x80\xff\0\0"])) == grey
+    assert seen(raw_png(2, 1, 4, 0, [b"\x85"], chunk(b"tRNS", b"\0\5"))) == [[0x88] * 3, [255] * 3]
+    assert seen(raw_png(2, 1, 2, 0, [b"\x90"], chunk(b"tRNS", b"\0\1"))) == [[0xAA] * 3, [255] * 3]
+    low = struct.pack(">HH", 0x80, 0xFFFF)  # what is clear does not count for the depth
+    assert seen(raw_png(2, 1, 16, 0, [low], chunk(b"tRNS", b"\xff\xff"))) == grey
     assert seen(raw_png(2, 1, 1, 0, [b"\x40"], chunk(b"tRNS", b"\0\1"))) == [[0] * 3, [255] * 3]
     assert seen(raw_png(2, 1, 8, 2, [b"\x80\x80\x80\1\2\3"], chunk(b"tRNS", b"\0\1\0\2\0\3"))) == grey
     wide = struct.pack(">6H", 0x8000, 0x8000, 0x8000, 0x1234, 0x5678, 0x9ABC)

@@ -87,6 +87,26 @@ def test_sixteen_bits_keep_their_high_byte():
     assert np.abs(np.asarray(open_image(floats)).astype(int) - want).max() <= 1
 
 
+@pytest.mark.parametrize("bits", [8, 10, 12, 14, 16])
+def test_a_depth_below_sixteen_bits_is_not_black(bits, tmp_path):
+    """Scanners, cameras and depth sensors store 10 to 14 bits in 16; a float or an integer holds any."""
+    want = np.arange(256, dtype=np.uint8).reshape(16, 16, 1).repeat(3, 2)
+    stored = (np.arange(256) << (bits - 8)).reshape(16, 16)
+    wide = Image.fromarray(stored.astype(np.uint16))
+    for kind in ("png", "tiff"):
+        wide.save(tmp_path / f"a.{kind}")
+        assert np.array_equal(np.asarray(open_image(tmp_path / f"a.{kind}")), want)
+    for image in (wide, Image.fromarray(stored.astype(np.int32)), Image.fromarray(stored.astype(np.float32))):
+        assert np.array_equal(np.asarray(open_image(image)), want)
+    deep = Image.fromarray(stored.astype(np.int32) << 8)
+    assert np.array_equal(np.asarray(open_image(deep)), want)
+    infinite = stored.astype(np.float32)
+    infinite[0, 0], want[0, 0] = np.inf, 255
+    assert np.array_equal(np.asarray(open_image(Image.fromarray(infinite))), want)
+    dark = b"P5 2 1 4095\n" + np.array([0, 256], ">u2").tobytes()  # scaled by its own depth
+    assert np.asarray(open_image(dark))[0, :, 0].tolist() == [0, 16]
+
+
 def test_what_is_transparent_lies_on_white():
     image = Image.new("RGBA", (2, 1), (255, 0, 0, 255))
     image.putpixel((1, 0), (0, 0, 0, 0))

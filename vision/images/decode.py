@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 import os
 import warnings
 import zlib
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 MAX_PIXELS = 1024 * 1024 * 1024 // 4 // 3
 # Formats that are opened, by a file's first bytes; others of Pillow are documents and drawings (EPS runs Ghostscript).
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
+FULL = ("PPM", "JPEG2000")  # whose decoders scale a smaller depth to 16 bits
+DEPTHS = (8, 10, 12, 14, 16)  # bits of a grey value, as devices give them
 TEXT = 1 << 20  # largest text chunk of a PNG, in bytes, that is read for the orientation
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -55,8 +58,9 @@ def size_of(source: Any) -> tuple[int, int] | None:
 def open_image(source: Any, where: str = "", max_pixels: int | None = None) -> Image.Image:
     """Decode `source` to an RGB image, rotated by its EXIF orientation.
 
-    Grey, palette and CMYK images become RGB; 16-bit values keep their high byte; transparency is composed on white; of
-    an animation the first frame is taken. Files must be of one of `FORMATS`.
+    Grey, palette and CMYK images become RGB; transparency is composed on white; of an animation the first frame is
+    taken. Grey values of more than 8 bits are divided by the depth that holds the largest of them (8, 10, 12, 14 or 16
+    bits): scanners and depth cameras store 12 bits in 16. Files must be of one of `FORMATS`.
 
     Args:
         source: a path, a `data:` URL, encoded bytes, a binary file, a PIL image, an array or a tensor of uint8, (h, w),
@@ -102,7 +106,7 @@ def open_image(source: Any, where: str = "", max_pixels: int | None = None) -> I
         raise ZooError(f"{where} is a {type(source).__name__}; allowed are {_ALLOWED}.")
     try:
         if isinstance(source, Image.Image):
-            return _to_rgb(_upright(source))
+            return _to_rgb(_upright(source), source.format in FULL)
         with source.open("rb") if isinstance(source, Path) else nullcontext(source) as file:
             return _decoded(file, where, max_pixels or MAX_PIXELS)
     except Image.DecompressionBombError as error:
@@ -164,7 +168,7 @@ def _decoded(file: Any, where: str, max_pixels: int) -> Image.Image:
         image = Image.open(file, formats=_formats())
     with image:
         _check_size(image.size, where, max_pixels)
-        return _to_rgb(_upright(image))
+        return _to_rgb(_upright(image), image.format in FULL)
 
 
 def _png_pixels(file: Any) -> io.BytesIO:
@@ -172,15 +176,19 @@ def _png_pixels(file: Any) -> io.BytesIO:
 
     Pillow refuses a picture for a long text chunk, and takes a text chunk named `transparency` for a colour.
     """
-    kept, names, is_wide = [PNG], {b"Raw profile type exif", b"XML:com.adobe.xmp"}, False
+    kept, names, depth, colours = [PNG], {b"Raw profile type exif", b"XML:com.adobe.xmp"}, 8, 0
     while len(head := file.read(8)) == 8:
         length, kind = int.from_bytes(head[:4], "big"), head[4:]
         if kind in {b"IHDR", b"PLTE", b"IDAT", b"IEND", b"tRNS", b"eXIf"}:
             body = file.read(length + 4)
-            if kind == b"IHDR":
-                is_wide = body[8:10] == b"\x10\2"  # RGB of 16 bits, of which Pillow keeps the high byte
-            elif kind == b"tRNS" and is_wide and length == 6:  # compared with 8-bit pixels: keep the high bytes too
+            clear = b""  # the colour that is transparent, as Pillow has the pixels that it compares with it
+            if kind == b"IHDR" and len(body) > 9:
+                depth, colours = body[8], body[9]
+            elif kind == b"tRNS" and (depth, colours, length) == (16, 2, 6):  # of RGB it keeps the high bytes
                 clear = bytes([0, body[0], 0, body[2], 0, body[4]])
+            elif kind == b"tRNS" and depth in (2, 4) and (colours, length) == (0, 2):  # grey is scaled to 8 bits
+                clear = bytes([0, (body[1] & ((1 << depth) - 1)) * 255 // ((1 << depth) - 1)])
+            if clear:
                 body = clear + zlib.crc32(kind + clear).to_bytes(4, "big")
             kept += [head, body]
         elif kind in {b"tEXt", b"zTXt", b"iTXt"} and length < TEXT:
@@ -245,8 +253,8 @@ def _of_array(array: Any, where: str) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(array))
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    import numpy as np
+def _to_rgb(image: Image.Image, full: bool = False) -> Image.Image:
+    """Convert to RGB; `full`: grey values of more than 8 bits have 16."""
     from PIL import Image
 
     clear = image.info.get("transparency")
@@ -254,15 +262,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         image, clear = image.copy(), None
         del image.info["transparency"]
     if image.mode.startswith("I;16") or image.mode in {"I", "F"}:
-        values = np.nan_to_num(np.asarray(image).astype(np.float64))
-        high = values.max(initial=0)
-        hidden = values == clear if isinstance(clear, int) else None
-        if image.mode.startswith("I;16") or high > 255:  # Pillow would clip at 255, to a white image
-            values = values / 256
-        elif image.mode == "F" and high <= 1:
-            values = values * 255
-        values = values.clip(0, 255) if hidden is None else np.where(hidden, 255, values.clip(0, 255))
-        return Image.fromarray(values.astype(np.uint8)).convert("RGB")
+        return Image.fromarray(_in_bytes(image, clear, full)).convert("RGB")
     if image.mode in {"RGBA", "LA", "PA", "RGBa", "La"} or clear is not None:
         image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
         ground = Image.new("RGBA", image.size, (255, 255, 255, 255))
@@ -270,3 +270,18 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     # `convert` returns the same object for RGB: decode here, so that a broken file is reported here.
     image.load()
     return image.convert("RGB") if image.mode != "RGB" else image.copy()
+
+
+def _in_bytes(image: Image.Image, clear: Any, full: bool) -> Any:
+    """Scale grey values of any depth to bytes, (h, w); transparent ones are white."""
+    import numpy as np
+
+    values = np.asarray(image).astype(np.float64)
+    hidden = values == clear if isinstance(clear, int) else np.zeros(values.shape, dtype=bool)
+    high = values[np.isfinite(values) & ~hidden].max(initial=0)
+    if image.mode == "F" and high <= 1:
+        values = values * 255
+    else:  # Pillow would clip at 255, to a white image
+        bits = 16 if full else next((b for b in DEPTHS if high < 1 << b), math.frexp(high)[1])
+        values = values / 2.0 ** (bits - 8)
+    return np.where(hidden, 255, np.nan_to_num(values).clip(0, 255)).astype(np.uint8)
