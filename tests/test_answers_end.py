@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from tokenizers.processors import TemplateProcessing
 
 from tests.chat_families import SHAPES, tokenizer
 from tests.conftest import picture
@@ -119,11 +120,25 @@ def test_our_templates_end_answers_on_a_tokenizer_of_others(name, template):
     assert [piece.strip() for piece in learnt] == [f"a cat{end}", f"a{end}"]
     assert set(stops_of(processor.template).ids) == {made.eos_token_id, made.convert_tokens_to_ids(end)}
     assert set(SHAPES[name].special) <= {t.content for t in made.added_tokens_decoder.values() if t.special}
-    if template == "vicuna" and made.bos_token:  # as in LLaVA's prompts, in both ways to write one
-        asked = CASES["image first"][:1]
-        text = processor.apply_chat_template(asked, add_generation_prompt=True)
-        assert text.startswith(f"{made.bos_token}USER: ") and text.count(made.bos_token) == 1
+    if template == "vicuna" and made.bos_token:
         assert row.input_ids[0] == made.bos_token_id and row.input_ids.tolist().count(made.bos_token_id) == 1
+
+
+@pytest.mark.parametrize("template", CHAT_TEMPLATES)
+@pytest.mark.parametrize("begins", [True, False])
+def test_our_templates_begin_as_the_tokenizers_texts_do(template, begins):
+    """A base model was trained with it; LLaVA's prompts have it, too."""
+    made = tokenizer(SHAPES["llama 2"])
+    if begins:
+        first = [("<s>", made.bos_token_id)]
+        made.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=first)
+    processor = ZooProcessor(fit_tokenizer(made, "llama", template), TRANSFORM, num_image_tokens=4)
+    row = processor.encode(sample_of(CASES["image first"])).input_ids.tolist()
+    text = processor.apply_chat_template(CASES["image first"][:1], add_generation_prompt=True)
+    written = int(begins or template == "vicuna")
+    assert row.count(made.bos_token_id) == text.count("<s>") == int(row[0] == made.bos_token_id) == written
+    opens = {"plain": "", "chatml": "<|im_start|>user\n", "vicuna": "USER: "}[template]
+    assert text.removeprefix("<s>").startswith(opens)
 
 
 def test_a_tokenizer_without_an_end_takes_that_of_its_template():

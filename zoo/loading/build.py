@@ -32,7 +32,7 @@ from zoo.settings.source import Source, source_named, source_of
 from zoo.storage.precision import dtype_of
 from zoo.text.processor import ZooProcessor
 from zoo.text.stops import end_tokens, keep_shared, set_stops, stated_config
-from zoo.text.tokenizer import CHAT_TEMPLATES, image_separator
+from zoo.text.tokenizer import TEXTS, image_separator
 from zoo.vision.images.processors import statistics
 
 
@@ -215,12 +215,11 @@ def processor_for(model: ZooModel, tokenizer: Any, template: str = "", **stated:
     if not stated.get("pictures") and model.vision is not None and model.vision.pictures is not None:
         stated["pictures"] = dict(model.vision.pictures)
     stated |= {key: in_front_of(model, stated[key]) for key in ("pictures", "videos") if stated.get(key)}
-    known = next((name for name, (text, _) in CHAT_TEMPLATES.items() if text == tokenizer.chat_template), template)
     return ZooProcessor(
         tokenizer,
         transform=model.vision.transform if model.vision is not None else None,
         num_image_tokens=model.num_image_tokens,
-        image_separator=image_separator(known),
+        image_separator=image_separator(TEXTS.get(str(tokenizer.chat_template), template)),
         layout=layout_for(model),
         unpruned=unpruned_for(model),
         left_out=left_out_for(model),

@@ -18,7 +18,7 @@ from zoo.text.answer_spans import AnswerFinder
 from zoo.text.chat_template import ChatTemplate, Messages
 from zoo.text.plain_text import VEILED, PlainText
 from zoo.text.token_cache import TokenCache
-from zoo.text.tokenizer import CHAT_TEMPLATES
+from zoo.text.tokenizer import TEXTS
 
 _HALVES = re.compile("[\ud800-\udfff]")
 Tokens = tuple[list[int], list[int]]  # ids, and the character at which each ends
@@ -37,7 +37,7 @@ class Chat:
     def __init__(self, tokenizer: Any, video_token: str | None = None, end_tokens: Sequence[str] = ()) -> None:
         self.tokenizer = tokenizer
         self.template = ChatTemplate(tokenizer, video_token, end_tokens)
-        self.answers = AnswerFinder(self.template, verbatim={text for text, _ in CHAT_TEMPLATES.values()})
+        self.answers = AnswerFinder(self.template, verbatim=TEXTS)
         self.plain = PlainText(self.template, (getattr(tokenizer, "image_token", None), video_token))
         self._segments = TokenCache(_CACHED)
 

@@ -36,6 +36,8 @@ CHAT_TEMPLATES = {
         "\n",
     ),
 }
+_BEGIN = "{{ bos_token }}"
+TEXTS = {begin + text: name for name, (text, _) in CHAT_TEMPLATES.items() for begin in ("", _BEGIN)}
 _SPECIAL = {"plain": ("<|assistant|>", "<|end|>"), "chatml": ("<|im_start|>", "<|im_end|>"), "vicuna": ("<s>", "</s>")}
 
 _LONG = re.compile(r"\S{4096}|\s{4096}")  # not a word, but base64 or a line of symbols
@@ -44,6 +46,16 @@ _LONG = re.compile(r"\S{4096}|\s{4096}")  # not a word, but base64 or a line of 
 def image_separator(template: str) -> str:
     """Return the text between an image and the text after it; for foreign templates a newline, as in LLaVA."""
     return CHAT_TEMPLATES[template][1] if template in CHAT_TEMPLATES else "\n"
+
+
+def template_for(name: str, tokenizer: Any) -> str:
+    """Return the text of one of `CHAT_TEMPLATES`, with the beginning (`<s>`) that the tokenizer puts ahead of texts.
+
+    A template of text writes the whole prompt, and language models whose texts had a beginning were trained with it.
+    """
+    text = CHAT_TEMPLATES[name][0]
+    begins = tokenizer.bos_token and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+    return _BEGIN + text if begins and not text.startswith(_BEGIN) else text
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, template: str = "plain") -> Any:
@@ -150,7 +162,7 @@ def fit_tokenizer(tokenizer: Any, source: str, template: str = "") -> Any:
     if template:
         if template not in CHAT_TEMPLATES:
             raise unknown("chat template", template, CHAT_TEMPLATES)
-        tokenizer.chat_template = CHAT_TEMPLATES[template][0]
+        tokenizer.chat_template = template_for(template, tokenizer)
         missing = [t for t in _SPECIAL[template] if t not in tokenizer.get_vocab()]
         if missing:
             tokenizer.add_special_tokens({"extra_special_tokens": missing}, replace_extra_special_tokens=False)
