@@ -175,6 +175,38 @@ def test_the_files_of_older_repositories_are_read(llava, tmp_path):
     assert torch.equal(one["pixel_values"], two["pixel_values"]) and torch.equal(one["input_ids"], two["input_ids"])
 
 
+def test_of_several_files_that_differ_the_one_of_transformers_counts(llava, tmp_path):
+    """A folder that was saved again has files of several versions; some name no class of image processor."""
+    from transformers import AutoProcessor
+
+    folder, image = tmp_path / "old", build.photo(90, 40)
+    shutil.copytree(llava[0], folder)
+    pixels = json.loads((folder / "processor_config.json").read_text())["image_processor"]
+
+    def agree():
+        theirs, ours = AutoProcessor.from_pretrained(folder), zoo.load(f"dir:{folder}")[1]
+        text = theirs.apply_chat_template(said(1))
+        one, two = ours(images=[image], text=text), theirs(images=[image], text=text, return_tensors="pt")
+        assert torch.equal(one["pixel_values"], two["pixel_values"])
+        assert ours.apply_chat_template(said(1)) == text
+        return text
+
+    (folder / "preprocessor_config.json").write_text(json.dumps({**pixels, "image_mean": [0.1, 0.2, 0.3]}))
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": build.LLAVA_CHAT.replace(": ", "| ")}))
+    assert "|" in agree()
+    content = json.loads((folder / "processor_config.json").read_text())
+    del content["image_processor"]
+    (folder / "processor_config.json").write_text(json.dumps(content))
+    agree()
+    for name in ("image_processor_type", "image_mean", "resample", "do_pad"):
+        pixels.pop(name, None)
+    (folder / "preprocessor_config.json").write_text(json.dumps(pixels))
+    agree()
+    older = {**pixels, "feature_extractor_type": "SiglipFeatureExtractor"}
+    (folder / "preprocessor_config.json").write_text(json.dumps(older))
+    agree()
+
+
 @pytest.fixture
 def cache(llava, tmp_path, monkeypatch):
     """A hub cache that holds the tiny model under the published name; nothing else can be reached."""

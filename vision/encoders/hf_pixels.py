@@ -39,14 +39,13 @@ class StatedPixels:
 
 
 def stated_pixels(source: str) -> StatedPixels:
-    """Read a checkpoint's preprocessor_config.json, or processor_config.json.
+    """Read a checkpoint's processor_config.json, or preprocessor_config.json, in transformers' order.
 
     Raises:
         ZooError: a file cannot be read, or has values that no image processor of transformers takes.
     """
-    stated = read_json(source, "preprocessor_config.json", optional=True)
-    if not stated:
-        stated = read_json(source, "processor_config.json", optional=True).get("image_processor") or {}
+    stated = read_json(source, "processor_config.json", optional=True).get("image_processor")
+    stated = stated or read_json(source, "preprocessor_config.json", optional=True)
     if not isinstance(stated, Mapping):
         raise ZooError(f"The image processor of {source!r} is stated as {stated!r:.80}, where an object is needed.")
     named = str(stated.get("image_processor_type") or stated.get("feature_extractor_type") or "")

@@ -29,18 +29,38 @@ def read_content(folder: Path, name: str = "config.json") -> dict[str, Any]:
     return read_model_config(file)
 
 
+def processor_values(folder: Path, kind: str, *names: str) -> dict[str, Any]:
+    """Return the values of an image or video processor, from the file that transformers takes where there are several.
+
+    Args:
+        folder: of a published model.
+        kind: its name in processor_config.json, which goes first: version 5 writes it beside older files.
+        names: of files of its own, the first one that is there.
+    """
+    nested = read_content(folder, "processor_config.json").get(kind)
+    whole = nested if isinstance(nested, Mapping) else {}
+    return dict(whole or next(filter(None, (read_content(folder, name) for name in names)), {}))
+
+
 def pixels_of(folder: Path) -> dict[str, Any]:
     """Return the values of a published folder's image processor, completed by transformers' defaults."""
-    stated = read_content(folder, "preprocessor_config.json")
-    if not stated:
-        stated = read_content(folder, "processor_config.json").get("image_processor", {})
+    stated = processor_values(folder, "image_processor", "preprocessor_config.json")
     if not stated:
         return {}
     from zoo.vision.images.processors import processor_of
 
     if not stated.get("image_processor_type"):
-        stated["image_processor_type"] = "CLIPImageProcessor"
+        older = str(stated.pop("feature_extractor_type", None) or "").replace("FeatureExtractor", "ImageProcessor")
+        stated["image_processor_type"] = older or _usual_type(str(read_content(folder).get("model_type")))
     return json.loads(json.dumps(processor_of(stated).to_dict(), default=list))
+
+
+def _usual_type(model_type: str) -> str:
+    """Return the class of a family's image processor, where no file names one."""
+    from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
+
+    known = IMAGE_PROCESSOR_MAPPING_NAMES.get(model_type) or {}
+    return str(known.get("torchvision") or known.get("pil") or "CLIPImageProcessor")
 
 
 def slots_in(folder: Path) -> dict[str, Any]:

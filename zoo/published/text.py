@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from zoo.published import family_of
-from zoo.published.folder import pixels_of, read_content
+from zoo.published.folder import pixels_of, processor_values, read_content
 from zoo.registry import ZooError
 from zoo.registry.foreign import read_text
 from zoo.text.tokenizer import fit_tokenizer
@@ -29,15 +29,13 @@ def tokenizer_in(folder: Path, template: str = "") -> Any:
 
 
 def chat_template_in(folder: Path) -> str | None:
-    """Return the chat template of a processor, from any of the files in which versions of transformers store it."""
-    file = folder / "chat_template.jinja"
-    if file.is_file():
-        return read_text(file, TEMPLATE)
-    for name in ("chat_template.json", "processor_config.json"):
+    """Return the chat template of a processor, from the file that transformers takes where there are several."""
+    for name in ("processor_config.json", "chat_template.json"):  # older ones go first
         found = read_content(folder, name).get("chat_template")
         if isinstance(found, str):
             return found
-    return None
+    file = folder / "chat_template.jinja"
+    return read_text(file, TEMPLATE) if file.is_file() else None
 
 
 def pictures_in(folder: Path) -> Mapping[str, Any] | None:
@@ -74,11 +72,10 @@ def videos_in(folder: Path) -> dict[str, Any] | None:
     known = family_of(read_content(folder), f"{folder}/config.json")
     if not known.videos:
         return None
-    stated = read_content(folder, "video_preprocessor_config.json")
-    stated = stated or read_content(folder, "processor_config.json").get("video_processor") or {}
-    if not stated:  # older repositories have one config for images and videos
-        stated = read_content(folder, "preprocessor_config.json")
-        stated.pop("image_processor_type", None)
+    # Older repositories have one file for images and videos.
+    files = "video_preprocessor_config.json", "preprocessor_config.json"
+    stated = processor_values(folder, "video_processor", *files)
+    stated.pop("image_processor_type", None)
     kind = known.video_processor or known.model.replace("ForConditionalGeneration", "VideoProcessor")
     named = {"video_processor_type": kind}
     return {**named, **stated} if stated else None
