@@ -36,6 +36,19 @@ def test_as_many_tokens_come_out_as_were_counted(options):
         assert len(out) == counts.count(one) <= counts.num_tokens(4)
 
 
+def test_no_image_has_more_tokens_than_the_largest_count_and_one_has_as_many():
+    """An image that fills its resolution in one direction only may have a larger grid than one that fills it."""
+    for pinpoints, side, patches, more in (NEXT, ONEVISION):
+        config, given = AnyResConfig(pinpoints=pinpoints, **more), {"image_size": (side, side), "text_dim": None}
+        made = AnyRes(config, grid=(patches, patches), num_tokens=patches**2, **given)
+        whole, step = [tuple(p) for p in pinpoints], 2 * side // patches
+        sizes = [(h - n, w) for h, w in whole for n in range(0, h - 20, step)]
+        sizes += [(h, w - n) for h, w in whole for n in range(0, w - 20, step)]
+        most = max(made.count(cut(size, made)) for size in sizes)
+        assert 0.99 * made.num_tokens(0) <= most <= made.num_tokens(0)
+        assert made.num_tokens(0) == {24: 2928, 27: 8829}[patches]  # 8154 where a resolution is filled
+
+
 @pytest.mark.parametrize("grid", [(4, 2), (2, 4), (3, 3)])
 def test_a_large_grid_is_scaled_to_the_tokens_of_so_many_crops(grid):
     n = math.prod(grid)

@@ -93,10 +93,18 @@ class AnyRes(Layout, nn.Module):
             self.newline = nn.Parameter(torch.randn(text_dim) * text_dim**-0.5)
 
     def num_tokens(self, n: int) -> int:
-        """Return the largest count over all pinpoint resolutions."""
+        """Return the largest count over all images."""
         shapes = [(h, w) for h, w in self.config.pinpoints] or [self.image_size]
         cuts = [Cut(1 + math.prod(self._crops((h, w))), "crop", (h, w)) for h, w in shapes]
-        return max(self.count(cut) for cut in cuts)
+        most = max(self.count(cut) for cut in cuts)
+        if not self.config.max_crops or self.whole is None:
+            return most
+        # Of images that fill a resolution in one direction only, a grid just below the threshold is not scaled down.
+        for rows, across in {self._crops(cut.size) for cut in cuts}:
+            lines, columns = rows * self.whole[0], across * self.whole[1]
+            grids = [(n, columns) for n in range(lines, 0, -2)] + [(lines, n) for n in range(columns, 0, -2)]
+            most = max(most, *(self._joined(*self._bounded(*grid)) for grid in grids))
+        return most
 
     def count(self, cut: Cut) -> int:
         """Count the tokens of an image or a video with this cut."""
@@ -105,10 +113,13 @@ class AnyRes(Layout, nn.Module):
             return cut.rows * self._per_frame() + (end if self.config.frames == "bilinear" else 0)
         if cut.rows == 1 or self.whole is None:
             return cut.rows * self.tokens + end
-        _, lines, columns = self._shape(cut)
+        return self._joined(*self._shape(cut)[1:])
+
+    def _joined(self, lines: int, columns: int) -> int:
+        """Count the tokens of an image with a grid of crops, its overview and its newlines."""
         # Kept tokens have no lines of their own, so that one newline ends the image.
-        ends = lines * end if self.config.kept_lines or not self.pruned else end
-        return self.tokens + self._share(lines * columns) + ends
+        ends = lines if self.config.kept_lines or not self.pruned else 1
+        return self.tokens + self._share(lines * columns) + ends * int(self.config.newline)
 
     def forward(self, tokens: Tensor | Sequence[Tensor], cuts: Sequence[Cut]) -> Tensor:
         """Join rows (M, K, C), or those of each image (R, K, C), to one sequence (S, C)."""
@@ -324,11 +335,16 @@ class AnyRes(Layout, nn.Module):
         else:
             left = (columns - int(round(width * (lines / height) / broad, 7))) // 2
         lines, columns = lines - 2 * top, columns - 2 * left
+        return (top, left), *self._bounded(lines, columns)
+
+    def _bounded(self, lines: int, columns: int) -> tuple[int, int]:
+        """Scale a grid of crops down to the tokens of `max_crops`."""
+        assert self.whole is not None, "joined on a grid"
         if self.config.max_crops:
-            ratio = math.sqrt(lines * columns / (self.config.max_crops * h * w))
+            ratio = math.sqrt(lines * columns / (self.config.max_crops * math.prod(self.whole)))
             if ratio > 1.1:  # the released threshold: small excesses are not worth resampling
-                lines, columns = max(1, int(lines // ratio)), max(1, int(columns // ratio))
-        return (top, left), lines, columns
+                return max(1, int(lines // ratio)), max(1, int(columns // ratio))
+        return lines, columns
 
 
 def _any_of(shown: Tensor, groups: Tensor, k: int) -> Tensor:
