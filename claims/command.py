@@ -35,7 +35,7 @@ class Options:
     share: float = 1.0  # of the steps; less is for tests and shows nothing
     threads: int = 1  # of torch on the CPU
     plots: str = ""  # folder for pictures of the claims that draw some; empty: none
-    rows: str = "runs/claims"  # folder where rows are kept as they are measured, for a run that is killed; empty: none
+    rows: str = "runs/claims"  # folder where rows are kept as they are measured, and read where they are; empty: none
 
     def __post_init__(self) -> None:
         self.claims = chosen("claim", self.claim, CLAIMS)
@@ -77,7 +77,7 @@ def run(options: Options, show: Callable[[str], None] = print) -> Report:
 
 
 def _seeds(claim: str, told: Experiment, options: Options, show: Callable[[str], None]) -> list[Run]:
-    """Measure every seed; the files of rows are closed when all seeds are there."""
+    """Measure every seed whose rows are not kept; what arms keep while they train goes when all seeds are there."""
     runs, files = [], []
     for seed in range(options.first, options.first + options.seeds):
         show(f"{claim}: seed {seed}")
@@ -91,5 +91,5 @@ def _seeds(claim: str, told: Experiment, options: Options, show: Callable[[str],
         runs.append(one)
         files.append(file)
     for file in files:
-        file.close()
+        file.remove_folder()
     return runs

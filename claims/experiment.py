@@ -123,12 +123,12 @@ class RowFile:
         found = _lines_of(path)
         if found and found[0] == head:
             self.lines = found[1:]
-            arms = sum(line["arm"] is not None for line in self.lines)
-            show(f"{path}: {'all its rows' if self.whole else f'{arms} arms'} are kept")
+            arms = f"{sum(line['arm'] is not None for line in self.lines)} arms are kept"
+            show(f"{path}: {'all its rows are kept; remove it to measure anew' if self.whole else arms}")
         elif path.exists():
             aside = path.with_suffix(".other.jsonl")
             path.replace(aside)
-            self._remove_folder()
+            self.remove_folder()
             show(f"{path}: of other options, another torch or other code of the claim; begins anew, it is now {aside}")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("".join(json.dumps(line) + "\n" for line in (head, *self.lines)), encoding="utf-8")
@@ -144,13 +144,8 @@ class RowFile:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
 
-    def close(self) -> None:
-        """Rename the file and remove the folder, so that the next run measures anew."""
-        if self.path is not None:
-            self.path.replace(self.path.with_suffix(".done.jsonl"))
-            self._remove_folder()
-
-    def _remove_folder(self) -> None:
+    def remove_folder(self) -> None:
+        """Remove what arms have kept while they trained."""
         if self.folder is not None and self.folder.is_dir():
             rmtree(self.folder)
 
