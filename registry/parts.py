@@ -304,6 +304,8 @@ class Layout(ModelPart):
     on image tokens need it."""
     given: Mapping[str, Any] = {}
     """Arguments it was built with beside its options: the processor builds the same layout for its counts."""
+    overview: int = 0
+    """Which row of an image that is cut shows the whole of it: the first, or -1, the last."""
     spells: bool = False
     """Whether a video is written as text, by `spell`."""
     films_as_images: bool = False

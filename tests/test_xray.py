@@ -203,6 +203,17 @@ def test_a_published_model_shows_the_overview_of_its_crops(tmp_path):
     assert xray.image.size[0] == xray.image.size[1] >= 560
 
 
+def test_of_tiles_the_overview_is_the_last():
+    photo = published_builders.photo(40, 90)
+    xray = inspect("", [*TINY, "layout=tiles", "layout.most=7"], photo, ["random", "fastv"], "red?")
+    plain, ranked, inside = xray.views
+    small = np.asarray(xray.image.resize((32, 32), Image.Resampling.BOX), dtype=float)
+    assert np.abs(np.asarray(photo.resize((32, 32))) - small).mean() < 8
+    rows = plain.tokens[0] // 16
+    assert rows > 2 and ranked.tokens[0] == rows * sum(t >= 0 for t in ranked.layers[0])
+    assert len(inside.moments) == 2 and 0 < sum(t >= 0 for t in inside.layers[-1]) < 16
+
+
 def test_options_of_pruners_reach_them_or_are_refused():
     words = ["pruner.keep_ratio=0.25"]
     assert inspect("", TINY + words, picture(3), ["random"], "red?").views[1].tokens[0] == 4

@@ -45,6 +45,8 @@ class TilesConfig:
 class Tiles(Layout, nn.Module):
     """Concatenates the tiles of an image; their positions are in the text of the prompt."""
 
+    overview = -1
+
     def __init__(self, config: TilesConfig, *, num_tokens: int) -> None:
         super().__init__()
         self.config, self.tokens = config, num_tokens

@@ -171,41 +171,43 @@ def look(
     # An image that keeps its shape is a group of its own.
     before, kept = (x.groups[0] if isinstance(x, UnlikeRows) else x for x in (out.image, out.image_kept))
     grid = before.grid if model.vision.native and before.grid is not None else tuple(model.vision.grid)
-    patches = _patches(kept, before.tokens.shape[1])
+    row = model.layout.overview if model.layout is not None else 0  # of crops, the one that shows all
+    patches = _patches(kept, before.tokens.shape[1], row)
     places = out.sequence.image_mask[0].nonzero().flatten()  # (K,) columns of image tokens in the LLM
-    k = kept.tokens.shape[1]  # of the first image row, which is the overview with crops; its tokens come first
+    k = kept.tokens.shape[1]
     mixed = model.projector.num_tokens(k) != k  # a pooling projector
     if kept.valid is not None:  # columns of other tokens were left out
-        stays = kept.valid[0].cpu()
+        stays = kept.valid[row].cpu()
         patches = torch.where((patches >= 0) & stays[patches], (stays.cumsum(0) - 1)[patches], -1)
         k = int(stays.sum())
+    own = slice(k) if row == 0 else slice(len(places) - k, None)  # of the row, among the image's tokens
     alive = _alive(model, places, out.passed)
     if model.vision.members and "grid" not in model.vision.provides:
         raise ZooError("zoo inspect draws one grid, and with vision.join=tokens each encoder has its own tokens.")
     view = View(
         name=name,
         grid=grid,
-        layers=[patches.tolist() if mixed else _hide(patches, row[:k]).tolist() for row in alive],
-        tokens=[int(row.sum()) for row in alive],
+        layers=[patches.tolist() if mixed else _hide(patches, kept_now[own]).tolist() for kept_now in alive],
+        tokens=[int(kept_now.sum()) for kept_now in alive],
         answer=answer,
-        scores=_scores(model, replace(before, question=kept.question)),
+        scores=_scores(model, replace(before, question=kept.question), row),
         mixed=mixed,
     )
     if not mixed:
-        view.layer_scores = {i: _at(patches, scores) for i, scores in _layer_scores(places[:k], out.passed).items()}
+        view.layer_scores = {i: _at(patches, scores) for i, scores in _layer_scores(places[own], out.passed).items()}
     if model.vision.native:
         return view, _whole(image, processor, grid)
-    return view, _picture(image, processor, inputs["pixel_values"][0])
+    return view, _picture(image, processor, inputs["pixel_values"][row])
 
 
-def _patches(kept: ImageFeatures, n: int) -> Tensor:
-    """Return for each of the encoder's `n` patches the index of its token, -1 if it was dropped: (N0,)."""
+def _patches(kept: ImageFeatures, n: int, row: int) -> Tensor:
+    """Return for each of the encoder's `n` patches of a row the index of its token, -1 if it was dropped: (N0,)."""
     if kept.groups is not None:
-        return kept.groups[0].cpu()
+        return kept.groups[row].cpu()
     if kept.keep is None:
         return torch.arange(n)
     index = torch.arange(kept.keep.shape[1])
-    return torch.full((n,), -1).scatter(0, kept.keep[0].cpu(), index)
+    return torch.full((n,), -1).scatter(0, kept.keep[row].cpu(), index)
 
 
 def _alive(model: Any, places: Tensor, passed: Pass) -> list[Tensor]:
@@ -221,7 +223,7 @@ def _hide(patches: Tensor, alive: Tensor) -> Tensor:
     return torch.where((patches >= 0) & alive[patches.clamp(min=0)], patches, -1)
 
 
-def _scores(model: Any, image: ImageFeatures) -> list[float] | None:
+def _scores(model: Any, image: ImageFeatures, row: int) -> list[float] | None:
     """Return the scores of the first pruner before the LLM that ranks tokens, for each patch."""
     n = image.tokens.shape[1]
     for pruner in model.pruner.values():
@@ -229,7 +231,7 @@ def _scores(model: Any, image: ImageFeatures) -> list[float] | None:
             continue
         image = model._projected(pruner, image)
         if (ranked := pruner.scores(image)) is not None:
-            scores = _at(_patches(image, n), ranked[0].cpu())
+            scores = _at(_patches(image, n, row), ranked[row].cpu())
             return [0.0 if s is None else s for s in scores]
         image = behind.run(pruner, image)  # a later pruner of the chain scores what is left
     return None
