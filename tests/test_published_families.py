@@ -1,5 +1,7 @@
 """Every published family alike: pixels, ids, logits and answers are those of transformers' classes; saved, exported."""
 
+import json
+
 import pytest
 import torch
 
@@ -106,6 +108,28 @@ def test_pixels_and_ids_are_those_of_the_family_for_every_shape(family, tmp_path
         assert torch.equal(got["input_ids"], expected["input_ids"]), name
 
 
+@pytest.mark.parametrize(
+    ("values", "tiles"),
+    [
+        ({}, 10),
+        ({"size": {"longest_edge": 160}}, 26),
+        ({"do_image_splitting": False}, 1),
+        ({"size": {"longest_edge": 32}}, 1),
+    ],
+)
+def test_the_largest_number_of_tiles_is_that_of_the_image_processor(tmp_path, values, tiles):
+    build.idefics3(tmp_path)
+    content = json.loads((tmp_path / "processor_config.json").read_text())
+    content["image_processor"] |= values
+    (tmp_path / "processor_config.json").write_text(json.dumps(content))
+    model, processor = zoo.load(f"dir:{tmp_path}")
+    found = [processor.pictures(build.photo(h, w)).cut.rows for h, w in ((300, 300), (40, 90), (30, 30))]
+    assert model.num_image_tokens == 4 * tiles and max(found) == tiles
+    again = zoo.load(f"dir:{zoo.export(model, processor, tmp_path / 'out')}")[1]
+    one, two = (p(images=[build.photo(40, 90)], text="<image>a") for p in (again, processor))
+    assert torch.equal(one["pixel_values"], two["pixel_values"]) and torch.equal(one["input_ids"], two["input_ids"])
+
+
 def test_training_batches_hold_the_same_ids_and_learn_answers_only(family):
     from zoo.registry import Dialog, Sample
 
@@ -155,7 +179,6 @@ def test_saved_is_loaded(family, tmp_path):
 
 
 def test_an_encoder_that_is_named_as_the_whole_model_is_known(family, tmp_path):
-    import json
     import shutil
 
     name, folder, _, _, ours, _ = family
@@ -279,7 +302,6 @@ def test_a_question_about_a_video_is_asked_as_the_family_asks_it(family, film):
 
 def test_an_older_repository_prepares_videos_as_images(family, film, tmp_path):
     """One file that states both, as before transformers told them apart."""
-    import json
     import shutil
 
     name, folder, _, _, _, mine = family

@@ -18,6 +18,7 @@ _FREE = {("llm", "max_positions"), ("llm", "router_aux_coef"), ("llm", "zero_ini
          ("vision", "pooling_head"), ("vision", "text_checkpoint"), ("vision", "text_revision"),
          ("vision", "min_pixels"), ("vision", "max_pixels"),
          ("vision", "next_block"), ("vision", "summary"), ("layout", "kept_lines"), ("layout", "after_video"),
+         ("layout", "most"),
          ("llm", "tie_embeddings")}  # fmt: skip  # decided by the files, see `refuse_untied`
 
 

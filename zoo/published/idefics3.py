@@ -4,6 +4,7 @@ Paper: Laurencon et al., arXiv:2408.12637; Marafioti et al., arXiv:2504.05299 (S
 `HuggingFaceTB/SmolVLM-Instruct`, `SmolVLM-256M-Instruct` (Idefics3) and `SmolVLM2-*` (SmolVLM).
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +12,7 @@ from zoo.published.encoders import Encoder
 from zoo.published.family import Family, layout_misfit, llm_slot, text_options, vision_slot
 from zoo.registry import config_of
 
+LARGEST = 4096  # side in pixels that their image processors never exceed
 FAKE = "<fake_token_around_image>"
 KEYS = (
     ("model.text_model.", "llm.lm.model."),
@@ -31,17 +33,25 @@ def slots(hf: Any, pixels: Mapping[str, Any]) -> dict[str, Any]:
             "style": "grid",
             "begin": FAKE,
             "end": FAKE,
-            "most": 17,
+            "most": _most(pixels),
         },
         "llm": llm_slot(hf.text_config, tie),
     }
 
 
+def _most(pixels: Mapping[str, Any]) -> int:
+    """Return the largest number of tiles of an image, the overview included."""
+    if not pixels.get("do_image_splitting", True):
+        return 1
+    longest = min(max(filter(None, (pixels.get("size") or {"longest_edge": 4}).values())), LARGEST)
+    side = max((pixels.get("max_image_size") or {"longest_edge": 1}).values())
+    lines = math.ceil(longest / side)
+    return lines**2 + 1 if lines > 1 else 1
+
+
 def misfit(model: Any, encoder: Encoder) -> str:
     """Return why `Idefics3ForConditionalGeneration` does not support a model."""
-    wrong = layout_misfit(
-        model, "tiles", style="grid", begin=FAKE, end=FAKE, overview="<global-img>", most=lambda most: most > 1
-    )
+    wrong = layout_misfit(model, "tiles", style="grid", begin=FAKE, end=FAKE, overview="<global-img>")
     if not wrong and not encoder.norm:
         wrong = (
             "image tokens are taken before the encoder's final norm, and the layout takes them behind it (vision.norm)"
