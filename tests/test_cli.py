@@ -233,7 +233,10 @@ def test_a_failing_job_stops_no_other_of_a_sweep(monkeypatch, capsys):
     assert which.endswith("/1 failed: The disk is full.") and last == "zoo: 1 of 3 runs of the sweep failed: 1."
 
 
-@pytest.mark.parametrize("words", [["resume=last", "seed=1"], ["recipe=nlvr", "resume=runs/x", "device=cpu"]])
+@pytest.mark.parametrize(
+    "words",
+    [["resume=last", "seed=1"], ["-m", "resume=a,b", "seed=1,2"], ["recipe=nlvr", "resume=runs/x", "device=cpu"]],
+)
 def test_a_resumed_run_takes_no_options_that_it_would_ignore(words, ran, capsys):
     assert main(["train", *words]) == 2
     said = capsys.readouterr().err

@@ -1,5 +1,8 @@
 """The loader: what is seen is a function of (seed, position), whoever asks; streams are read in order."""
 
+import multiprocessing
+import os
+import signal
 import time
 from collections import Counter
 
@@ -180,6 +183,19 @@ class Broken(Names):
         if one.id.endswith("-3"):
             raise ZooError("cannot read cat.png")
         return one
+
+
+@pytest.mark.parametrize("kind", [Numbers, Stream])
+def test_workers_outlast_a_sigterm_to_all_processes(kind):
+    """As schedulers send it; the run then takes its last step and saves."""
+    there = set(multiprocessing.active_children())
+    source = iter(Loader(Batches(mix(a=kind(40)), Names(), Stage(steps=30, workers=2), 30, ShardPosition())))
+    found = [next(source)]
+    workers = [p for p in multiprocessing.active_children() if p not in there]
+    for worker in workers:
+        os.kill(worker.pid, signal.SIGTERM)
+    found += list(source)
+    assert len(workers) == 2 and len(found) == 30 and not any(p.is_alive() for p in workers)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

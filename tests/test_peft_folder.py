@@ -11,9 +11,12 @@ from transformers import AutoModelForCausalLM
 
 import zoo
 from tests.conftest import ANSWERS, QUESTIONS
+from tests.train_builders import config, recipe
 from tests.vision_builders import shake
 from zoo.registry import ZooError
+from zoo.runs.replay import replayed
 from zoo.text.tokenizer import train_tokenizer
+from zoo.training.loop import Run
 
 SOME = ["q_proj", "down_proj"]
 METHODS = {
@@ -198,3 +201,23 @@ def test_what_does_not_fit_is_refused_with_the_reason(what, base, tmp_path):
     spoil(folder)
     with pytest.raises(ZooError, match=why):
         composed(base, folder)
+
+
+def test_a_run_goes_on_from_the_weights_that_it_began_on(base, tmp_path):
+    folder = written(base, METHODS["lora"], tmp_path / "adapter")
+    words = recipe(tmp_path, {"a": "steps: 1, batch_size: 2"})
+    file = tmp_path / "conf" / "recipe" / "tiny.yaml"
+    lines = file.read_text().splitlines()
+    file.write_text("\n".join(x for x in lines if not x.startswith(("llm:", "tokenizer:"))) + "\n")
+    given = ["llm=hf", f"llm.checkpoint={base}", "adapter=[peft]", f"adapter.peft.checkpoint={folder}"]
+    run = Run(config(words, *given, f"run.folder={tmp_path / 'run'}"))
+    run.close()
+    noted = json.loads(run.folder.lock.read_text())["adapters"]["peft"]
+    assert noted["checkpoint"] == str(folder) and len(noted["fingerprint"]) == 64
+    Run(config(words, f"resume={tmp_path / 'run'}")).close()
+    weights = load_file(folder / "adapter_model.safetensors")
+    save_file({n: w + 1 for n, w in weights.items()}, folder / "adapter_model.safetensors")
+    with pytest.raises(ZooError, match=r"began on the adapter in .*adapter', and its weights are others now"):
+        Run(config(words, f"resume={tmp_path / 'run'}"))
+    with pytest.raises(ZooError, match=r"another run than .*\n  weights of adapter peft in .*: fingerprint"):
+        replayed(config(words, f"lock={tmp_path / 'run'}"))

@@ -10,6 +10,7 @@ from tests.train_builders import saved
 from zoo.registry import ZooError
 from zoo.runs import checkpoint
 from zoo.runs.folder import RunFolder, read_metrics, runs
+from zoo.settings.config import compose
 from zoo.storage.atomic import write_json, written_beside
 
 NOON = datetime(2026, 11, 22, 12, 0, 0)
@@ -53,6 +54,25 @@ def test_last_of_a_root_that_is_not_there_yet(tmp_path):
     folder.config.write_text("seed: 0\n")
     folder.point_last(tmp_path / "runs")
     assert RunFolder.open("last", tmp_path / "runs").path.samefile(folder.path)
+
+
+def test_last_where_the_root_is_a_link_and_the_run_lies_elsewhere(tmp_path, monkeypatch):
+    (tmp_path / "large" / "disk").mkdir(parents=True)
+    (tmp_path / "runs").symlink_to(tmp_path / "large" / "disk")
+    monkeypatch.chdir(tmp_path)
+    folder = RunFolder.create("runs", "a", "here", now=NOON)
+    folder.config.write_text("seed: 0\n")
+    folder.point_last("runs")
+    assert RunFolder.open("last", "runs").path.samefile(folder.path)
+
+
+def test_the_home_folder_is_found_behind_an_option(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    RunFolder.create(tmp_path, "a", tmp_path / "mine").config.write_text("seed: 0\n")
+    assert RunFolder.open("~/mine").path == tmp_path / "mine"
+    cfg = compose("train", ["run.dir=~/runs", "run.folder=~/mine", "features.folder='~/kept'"])
+    assert [cfg.run.dir, cfg.run.folder] == [f"{tmp_path}/runs", f"{tmp_path}/mine"]
+    assert cfg.features.folder == f"{tmp_path}/kept" and cfg.teach.folder == ""
 
 
 def test_last_works_without_links(tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ from tests import published_builders as build
 from zoo.cli.entry import main
 from zoo.composed.chat_session import Talk
 from zoo.registry import ZooError
+from zoo.text.markup import harmless
 from zoo.vision.images.video import Video
 
 
@@ -143,13 +144,24 @@ def test_the_command_answers_and_goes_on(llava, capsys, monkeypatch):
     photo = str(folder / "photo.png")
     assert main(["chat", f"dir:{folder}", "--image", photo, "-q", "is it red?", "--max-new-tokens", "4"]) == 0
     one = capsys.readouterr().out
-    assert one.strip() == model.chat("is it red?", image=photo, max_new_tokens=4)
+    assert one.strip() == harmless(model.chat("is it red?", image=photo, max_new_tokens=4))
     lines = iter([f"/image {photo}", "is it red?", "and blue?", "/image nowhere.png", "/new", "yes no", "/quit"])
     monkeypatch.setattr("builtins.input", lambda prompt="": next(lines))
     assert main(["chat", f"dir:{folder}", "--max-new-tokens", "4"]) == 0
     said = capsys.readouterr().out
     assert said.startswith(one) and "There is no file 'nowhere.png'" in said
     assert main(["chat", f"dir:{folder}", "--image", "absent.png"]) == 2
+
+
+def test_answers_do_not_command_the_terminal(llava, capsys, monkeypatch):
+    class Says(Talk):
+        def say(self, *args, stream, **options):
+            stream("a\x1b]0;t\x07b\x9b2J\rc\n\td \u05e9 \u202b")
+
+    monkeypatch.setattr("zoo.loading.build.load", lambda *a, **k: llava[1:])
+    monkeypatch.setattr("zoo.composed.chat_session.Talk", Says)
+    assert main(["chat", f"dir:{llava[0]}", "-q", "is it red?"]) == 0
+    assert capsys.readouterr().out == "a\\x1b]0;t\\x07b\\x9b2J\\rc\n\td \u05e9 \u202b\n"
 
 
 def test_models_are_found_by_size_and_described(capsys):

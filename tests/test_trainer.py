@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 import transformers as t
+from safetensors.torch import load_file
 
 import zoo
 from tests import published_builders as build
@@ -157,6 +158,21 @@ def test_it_ends_with_the_best_checkpoint(llava, tmp_path):
     best = zoo.ZooModel.from_pretrained(run.state.best_model_checkpoint).state_dict()
     for name, value in run.model.state_dict().items():
         assert torch.equal(value, best[name]), name
+
+
+def test_weights_that_a_best_checkpoint_leaves_to_the_base_come_back_too(llava, tmp_path):
+    """A checkpoint without what had not changed yet (a first step of rate 0, say), loaded as their Trainer does."""
+    model = zoo.load(f"dir:{llava[0]}")[0]
+    build.shake(model.projector, seed=1)
+    wanted = {name: value.clone() for name, value in model.state_dict().items()}
+    model.save_pretrained(tmp_path / "best")
+    build.shake(model, seed=3)
+    loaded = model.load_state_dict(load_file(tmp_path / "best" / "model.safetensors"), False)
+    assert not loaded.missing_keys and not loaded.unexpected_keys
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, wanted[name]), name
+    some = {"projector.other": torch.zeros(1)}
+    assert model.load_state_dict(some, False).unexpected_keys == ["projector.other"], "of another dict: as torch does"
 
 
 def test_an_adapter_of_peft_trains_as_on_transformers_class(llava, tmp_path):

@@ -8,6 +8,7 @@ from typing import Any
 from zoo.registry import ZooError
 from zoo.registry.devices import require_device
 from zoo.text.command_line import Parser
+from zoo.text.markup import harmless
 
 HELP = "/image PATH and /video PATH add a file to the next question, /new starts a new conversation, /quit exits."
 
@@ -72,7 +73,7 @@ def _answer(talk: Any, text: str, images: list[Any], videos: list[Any], args: An
         text,
         images,
         videos,
-        stream=lambda piece: print(piece, end="", flush=True),
+        stream=lambda piece: print(harmless(piece), end="", flush=True),
         max_new_tokens=args.max_new_tokens,
     )
     print()

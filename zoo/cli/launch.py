@@ -58,10 +58,10 @@ def launch(
         raise ZooError(f"--config-dir {config_dir!r}: no such folder.")
     from zoo.settings.config import explained
 
+    resumes_alone(overrides)
     if not flags:  # without hydra.main, which would take over sys.argv, logging and errors
         from zoo.settings.config import compose
 
-        resumes_alone(overrides)
         with naming_failed_plugins():
             cfg = compose(command, overrides, config_dir)
         return load()(cfg)
@@ -102,10 +102,11 @@ def resumes_alone(overrides: Sequence[str]) -> None:
         (word for word, name in names.items() if name == "lock" and word.partition("=")[2] not in NONE), None
     )
     word, allowed = (resumed, WITH_RESUME) if resumed else (replayed, WITH_LOCK)
+    free = ("hydra", PARALLEL) if resumed else ("hydra",)  # Hydra's launcher of a sweep is none of a run's options
     extra = [
         word
         for word, name in names.items()
-        if name not in allowed | MOVED and not MOVED_OF_SEVERAL(name) and not (resumed and name.startswith(PARALLEL))
+        if name not in allowed | MOVED and not MOVED_OF_SEVERAL(name) and not name.startswith(free)
     ]
     if word and extra:
         does, shared = ("goes on", f", {PARALLEL}<option>") if resumed else ("trains once more", "")

@@ -67,7 +67,7 @@ def plan(command: str, overrides: Sequence[str], config_dir: str | Path | None =
             else:
                 left_out[line] = left_out.get(line, 0) + 1
         fitted[tuple(stays)] = None
-    folder = _folder(Path(str(values(parsed).get("run.dir", "runs"))))
+    folder = _folder(Path(str(values(parsed).get("run.dir", "runs"))).expanduser())
     jobs = [_job(command, job, folder / str(i), config_dir) for i, job in enumerate(fitted)]
     for lines in fitted:
         compose(command, list(lines), config_dir)  # finds wrong values before any job runs

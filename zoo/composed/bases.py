@@ -31,7 +31,7 @@ from zoo.registry.quiet import no_progress_bar
 from zoo.storage.precision import cast_parameters, dtype_of
 from zoo.storage.rows import rows_behind, rows_in_common
 from zoo.storage.safetensors_file import Joined, Stored, holds, same, value_of
-from zoo.storage.weights import fingerprint, names_of, snapshot
+from zoo.storage.weights import fingerprint, named_weights, names_of, snapshot
 
 WHOLE = "model"  # key of a published checkpoint that all parts have their weights from
 
@@ -158,6 +158,28 @@ class Bases:
             else:
                 record[key] = as_whole(entry)
         return {n: t for n, t in state.items() if n not in unchanged} | rows, record
+
+    @torch.no_grad()
+    def restore(self, model: Any, names: Iterable[str]) -> None:
+        """Give weights of a model the values of their bases again.
+
+        Raises:
+            ZooError: a base cannot be read any more.
+        """
+        wanted, aliases = set(names), names_of(model)
+        own = named_weights(model)
+        for key in self.record:
+            if not (mine := self.given[key] & wanted):
+                continue
+            try:
+                again = self._again(key)
+            except Exception as error:
+                place, why = self.record[key]["checkpoint"], " ".join(str(error).split()) or type(error).__name__
+                what = f"{len(mine)} weights are those of {key} in {place!r}"
+                raise ZooError(f"{what}, which cannot be read any more: {why}") from error
+            for name in mine:
+                found = next(again[n] for n in aliases[name] if n in again)
+                own[name].copy_(found if isinstance(found, Tensor) else value_of(found))
 
     def _again(self, key: str) -> Mapping[str, Stored | Joined | Tensor]:
         """Read the weights of a base once more, from where they were read first."""

@@ -32,7 +32,7 @@ from zoo.fusion.llm.attention import resolve_attention
 from zoo.model_config import ZooConfig
 from zoo.published.checkpoint import base_at
 from zoo.registry import ZooError, refuse_code
-from zoo.storage.weights import library_versions, local_folder, state_of, write_weights
+from zoo.storage.weights import library_versions, local_folder, named_weights, state_of, write_weights
 from zoo.text.stops import require_valid, stated_config, write_config
 
 
@@ -84,6 +84,8 @@ class ZooModel(PartsMixin, ForwardMixin, GenerateMixin, LanguageModelMixin, PreT
         config.__dict__["_llm"] = self.llm.lm.config.get_text_config()
         self.compiled = False
         self.fresh_parts, self.masters = [], {}
+        # Weights of a saved folder -> those that it left to the bases, for `load_state_dict`.
+        self.left_out: dict[frozenset[str], Any] = {}
         self.described: Path | None = None  # card of the folder that the weights were loaded from
         self.loss_type = "ForCausalLM"  # transformers' Trainer then counts labels from the second position on
         self.set_attention(config.attention)
@@ -157,7 +159,9 @@ class ZooModel(PartsMixin, ForwardMixin, GenerateMixin, LanguageModelMixin, PreT
         state, config.masters = as_saved(state, self.masters, self.part_of)
         record = {key: as_whole(entry) for key, entry in self.bases.record.items()}
         if not include_base:
+            every = state.keys()
             state, record = self.bases.changed(self, state, config.slots)
+            self.left_out[frozenset(state)] = every - state.keys()
         for key in [k for k in self.bases.nodes if record[k].get("whole")]:
             if node := without_checkpoint(self, key, config.slots):
                 config.slots = with_node(config.slots, self.bases.own[key].path, node)
@@ -187,6 +191,22 @@ class ZooModel(PartsMixin, ForwardMixin, GenerateMixin, LanguageModelMixin, PreT
             idle = {"save_function", "save_original_format", "save_peft_format", "safe_serialization"}
             kwargs = {key: value for key, value in kwargs.items() if key not in idle}
             self.push_to_hub(kwargs.pop("repo_id", folder.name), **kwargs)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load weights by their names, as torch does.
+
+        The weights of a folder that this model wrote are those of the model then: what the folder leaves to base
+        checkpoints is read from there. So transformers' `Trainer` brings back its best checkpoint.
+
+        Raises:
+            ZooError: a base checkpoint cannot be read any more.
+        """
+        left = () if strict else self.left_out.get(frozenset(state_dict), ())
+        own = named_weights(self) if left else {}
+        # Frozen parameters are what they were; buffers, such as running means, change while others train.
+        self.bases.restore(self, [n for n in left if own[n].requires_grad or not isinstance(own[n], nn.Parameter)])
+        found = super().load_state_dict(state_dict, strict, assign)
+        return found._replace(missing_keys=[n for n in found.missing_keys if n not in left])
 
     def write_card(self, folder: str | Path, facts: Any = None, *, layout: str = "zoo", **more: Any) -> None:
         """Write the card of a saved or exported model, README.md; one that a person wrote or changed stays.

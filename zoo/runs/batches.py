@@ -5,13 +5,17 @@ loader workers. If the order allows, a process reads only the shards that hold i
 state of a stream is saved in checkpoints.
 """
 
+import os
 import pickle
 import queue
+import signal
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import replace
+from functools import partial
+from multiprocessing import RawValue
 from typing import Any
 
 import numpy as np
@@ -261,6 +265,7 @@ class Loader:
         streams = batches.has_streams
         # The thread that reads streams begins when the loader asks for its first message, with all workers forked.
         feed = _ahead(_messages(batches, turns), self.ahead * workers) if streams else None
+        ending = RawValue("b", 0)
         loader = DataLoader(
             _Making(batches, streams),
             sampler=feed or turns,  # type: ignore[arg-type]
@@ -268,6 +273,7 @@ class Loader:
             num_workers=workers,
             prefetch_factor=self.ahead,
             pin_memory=self.pin_memory,
+            worker_init_fn=partial(_outlast_sigterm, ending),
         )
         with torch.random.fork_rng(devices=[]):  # the iterator draws a seed from torch's global generator
             source = iter(loader)
@@ -279,9 +285,18 @@ class Loader:
         finally:
             # The traceback of an error holds this frame. A collector that finds both ends torch's queues to the workers
             # first, and the workers, which then do not learn that they are to end, are waited for 5 seconds each.
+            ending.value = 1
             del source
             if feed is not None:
                 feed.close()
+
+
+def _outlast_sigterm(ending: Any, worker: int) -> None:
+    """Let a worker go on at SIGTERM until the loader ends it, by `ending`.
+
+    Schedulers send the signal to all processes of a job, and a run whose workers end at once cannot take its last step.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if ending.value else None)
 
 
 def _with_spares(source: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:

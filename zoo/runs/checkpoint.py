@@ -163,7 +163,8 @@ def load_optimizers(folder: Path, optimizers: list[Any], named: Mapping[str, Ten
                     raise ZooError(f"The checkpoint {str(folder)!r} holds a state of {name!r}, which does not train.")
                 states.setdefault(index[name], {})[key] = _state(found, params[index[name]])
         counts = iter(range(len(params)))
-        restored = [{**_tuples(g), "params": [next(counts) for _ in g["params"]]} for g in groups]
+        # Rates and the like are those of the config, which a person may have changed; states are the checkpoint's.
+        restored = [{**g, "params": [next(counts) for _ in g["params"]]} for g in optimizer.param_groups]
         optimizer.load_state_dict({"state": states, "param_groups": restored})
 
 
@@ -174,11 +175,6 @@ def _state(stored: Any, parameter: Tensor) -> Tensor:
     target = torch.empty_like(parameter, **like) if alike else torch.empty(stored.shape, dtype=stored.dtype)
     read_own(stored, target)
     return target
-
-
-def _tuples(group: Mapping[str, Any]) -> dict[str, Any]:
-    """Return settings of an optimiser as they were before JSON, which has no tuples."""
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in group.items()}
 
 
 def tensors_of(module: nn.Module) -> dict[str, Tensor]:

@@ -105,7 +105,7 @@ class RunFolder:
         Raises:
             ZooError: there is no run of that name.
         """
-        path = last(root) if name == "last" else Path(name)
+        path = last(root) if name == "last" else Path(name).expanduser()
         if not (path / "config.yaml").is_file():
             known = ", ".join(str(p) for p in sorted(runs(root))[-5:]) or "none"
             raise ZooError(f"{str(path)!r} is not a run: no config.yaml. Newest runs in {str(root)!r}: {known}.")
@@ -116,7 +116,8 @@ class RunFolder:
         here, beside = Path(root) / "last", Path(root) / f".last.{os.getpid()}"
         here.parent.mkdir(parents=True, exist_ok=True)
         try:
-            beside.symlink_to(os.path.relpath(self.path, root), target_is_directory=True)
+            # Without links in between, which a relative path would not lead back through.
+            beside.symlink_to(os.path.relpath(self.path.resolve(), here.parent.resolve()), target_is_directory=True)
         except OSError:
             beside.write_text(str(self.path.resolve()), encoding="utf-8")
         beside.replace(here)  # a link cannot be changed in place

@@ -50,7 +50,7 @@ def replayed(given: DictConfig) -> tuple[DictConfig, list[str]]:
     cfg.run.name = given.run.name or f"{folder.path.name}-again"
     if given.device != "auto":
         cfg.device = given.device
-    if wrong := [*_config(folder, noted), *_weights(cfg, noted), *_data(cfg, noted)]:
+    if wrong := [*_config(folder, noted), *_weights(cfg, noted), *_data(RunData(cfg.data, skip_broken=True), noted)]:
         lines = "\n".join(f"  {line}" for line in wrong[:LISTED])
         raise ZooError(f"This would be another run than {str(folder.path)!r}:\n{lines}")
     return cfg, list(_machine(noted))
@@ -59,6 +59,21 @@ def replayed(given: DictConfig) -> tuple[DictConfig, list[str]]:
 def data_facts(data: RunData) -> dict[str, Any]:
     """Return what zoo.lock notes of each data set: its length, and a hash of some records at equal distances."""
     return {name: _facts(name, dataset) for name, dataset in data.all.items()}
+
+
+def adapters_of(cfg: DictConfig) -> dict[str, Any]:
+    """Return what zoo.lock notes of adapters that begin on a folder of PEFT's: its name, and its fingerprint."""
+    from zoo.fusion.adapters.peft.peft_folder import folder_of
+
+    nodes = {str(name): node for name, node in cfg.adapter.items() if node.name == "peft" and node.checkpoint}
+    places = {name: folder_of(node.checkpoint, node.revision) for name, node in nodes.items()}
+    return {n: {"checkpoint": nodes[n].checkpoint, "fingerprint": fingerprint(places[n])} for n in nodes}
+
+
+def changes_since(folder: RunFolder, data: RunData) -> list[str]:
+    """Return what is different from what a run began with, and does not keep it from going on; lines for the user."""
+    noted = read_object(folder.lock)
+    return [*_config(folder, noted), *_data(data, noted)]
 
 
 def config_hash(folder: RunFolder) -> str:
@@ -109,6 +124,10 @@ def _weights(cfg: DictConfig, noted: Mapping[str, Any]) -> Iterator[str]:
     for part, own in own_checkpoints(cfg).items():
         place = str((OmegaConf.select(cfg, own.module) or {}).get(own.option) or "")
         yield from _fingerprint(f"base weights of {part}", place, (base.get(part) or {}).get("fingerprint"))
+    begun = noted.get("adapters") or {}
+    for name, now in adapters_of(cfg).items():
+        if (was := (begun.get(name) or {}).get("fingerprint")) and was != now["fingerprint"]:
+            yield _differs(f"weights of adapter {name}", now["checkpoint"], now["fingerprint"], was)
     if started := noted.get("started_from"):
         yield from _fingerprint("weights that it began on", str(cfg.model.name), started.get("fingerprint"))
 
@@ -122,12 +141,16 @@ def _fingerprint(what: str, place: str, was: Any) -> Iterator[str]:
         return  # of the hub: the commit is pinned, and its weights are compared when they are read
     now = fingerprint(here) if origin is None else origin.sha256
     if now != was:
-        yield f"{what} in {place!r}: fingerprint {now[:12]}, was {str(was)[:12]}"
+        yield _differs(what, place, now, was)
 
 
-def _data(cfg: DictConfig, noted: Mapping[str, Any]) -> Iterator[str]:
+def _differs(what: str, place: str, now: str, was: Any) -> str:
+    return f"{what} in {place!r}: fingerprint {now[:12]}, was {str(was)[:12]}"
+
+
+def _data(data: RunData, noted: Mapping[str, Any]) -> Iterator[str]:
     was = noted.get("data") or {}
-    for name, now in data_facts(RunData(cfg.data, skip_broken=True)).items():
+    for name, now in data_facts(data).items():
         before = was.get(name)
         if before is None or before == now:
             continue

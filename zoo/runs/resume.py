@@ -151,6 +151,13 @@ def require_same_start(folder: RunFolder, model: Any, now: Mapping[str, Any]) ->
     """
     noted = _noted(folder)
     model.bases.require_same(noted.get("base"))
+    for name, found in (now.get("adapters") or {}).items():
+        was = ((noted.get("adapters") or {}).get(name) or {}).get("fingerprint")
+        if was and was != found["fingerprint"]:
+            raise ZooError(
+                f"The run {str(folder.path)!r} began on the adapter in {found['checkpoint']!r}, and its weights are "
+                f"others now (fingerprint {found['fingerprint'][:12]}, was {str(was)[:12]}): it cannot go on from them."
+            )
     before, there = noted.get("started_from"), now.get("started_from")
     if before and there and before["fingerprint"] != there["fingerprint"]:  # its folder may have been moved
         raise ZooError(

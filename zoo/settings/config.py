@@ -17,6 +17,9 @@ from zoo.settings.overrides import prepare
 from zoo.settings.schema import CONFIG_NAME, SECTIONS, RunRoot
 from zoo.settings.stage import MASTER_WEIGHTS, PRECISIONS
 
+# Options that name a folder to write to: sections and names.
+FOLDERS = (("run", "dir"), ("run", "folder"), ("teach", "folder"), ("features", "folder"))
+
 # Hydra composes by state of the process, where presets are stored, too; pages and programs load models in threads.
 _ONE_AT_A_TIME = RLock()
 
@@ -148,6 +151,9 @@ def validate(cfg: Any) -> None:
     from omegaconf import OmegaConf
 
     require_device(cfg.device)
+    for section, option in FOLDERS:
+        if str(cfg[section][option]).startswith("~/"):  # as shells leave it behind `run.dir=`
+            cfg[section][option] = str(Path(cfg[section][option]).expanduser())
     for kind, key, node in slots_of(cfg):
         if not hasattr(node, "keys") or "name" not in node:
             slot = group_of(kind)

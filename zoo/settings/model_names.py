@@ -38,7 +38,7 @@ def resolve(
         raise ZooError(f"model={asked!r}: name {SPELLINGS}.")
     kind, colon, place = asked.partition(":")
     if asked == "last":
-        folder = newest(Path(str(given.get("run.dir", "runs"))))
+        folder = newest(Path(str(given.get("run.dir", "runs"))).expanduser())
         return from_folder(folder, f"dir:{folder}", config_dir, data)
     if colon and kind == "dir":
         return from_folder(Path(place).expanduser(), asked, config_dir, data)
@@ -57,7 +57,7 @@ def require(asked: str, given: Mapping[str, Any], config_dir: str | Path | None 
     """
     kind, colon, place = asked.partition(":")
     if asked == "last":
-        newest(Path(str(given.get("run.dir", "runs"))))
+        newest(Path(str(given.get("run.dir", "runs"))).expanduser())
     elif colon and kind == "dir":
         content_of(Path(place).expanduser(), asked)
     elif not (colon and kind == "hub") and asked not in {

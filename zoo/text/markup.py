@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 CONTROL = re.compile(
     r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]"
 )  # moves the cursor, or turns the line
+COMMANDS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # to a terminal, but for line breaks and tabs
 MARKDOWN = re.compile(r"([\\`*\[\]|$~]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9]))")
 
 
@@ -20,6 +21,11 @@ def printable(text: object) -> str:
     r"""Return a text on one line, with control characters and lone surrogates escaped as `\x1b` or `\ud83d`."""
     plain = str(text).encode("utf-8", "backslashreplace").decode()
     return CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), plain)
+
+
+def harmless(text: str) -> str:
+    r"""Return a text of several lines whose other control characters, which move the cursor, say, are escaped."""
+    return COMMANDS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def cell(text: object) -> "Text":

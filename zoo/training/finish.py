@@ -15,8 +15,9 @@ from zoo.evaluation.evaluate import evaluate
 from zoo.evaluation.result import EvalResult
 from zoo.evaluation.score_table import score_table
 from zoo.registry import build
+from zoo.registry.foreign import read_object
 from zoo.runs.consent import forget
-from zoo.runs.folder import read_metrics
+from zoo.runs.folder import RunFolder, read_metrics
 from zoo.runs.processes import by_first
 from zoo.runs.progress import clock
 from zoo.runs.trackers import send_pictures
@@ -38,7 +39,7 @@ def finish(run: "Run") -> None:
     A run that was killed in between resumes here and repeats the unfinished part, to the same bits.
     """
     # The first process looks: to another one, late or on a network file system, the folder may look different.
-    if not by_first(run.accelerator, lambda: run.resumed_trained and run.folder.has_model):
+    if not by_first(run.accelerator, lambda: run.resumed_trained and _is_saved(run.folder)):
         save_model(run)
     if not any(hasattr(p, "full_tensor") for p in run.model.parameters()):
         narrow(run.model)  # as a saved model loads
@@ -90,6 +91,11 @@ def track_answers(run: "Run", result: EvalResult) -> None:
     if refused and not run.noted_pictures:
         run.noted_pictures = True
         run.display.note(f"log_pictures: {', '.join(refused)} takes no pictures from here.")
+
+
+def _is_saved(folder: RunFolder) -> bool:
+    """Whether the final model is there, and zoo.lock has its hashes, which is written behind it."""
+    return folder.has_model and "model" in read_object(folder.lock)
 
 
 def save_model(run: "Run") -> None:

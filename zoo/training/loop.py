@@ -29,7 +29,7 @@ from zoo.runs.allocator import keep_memory
 from zoo.runs.batches import Batches, Loader
 from zoo.runs.data import RunData
 from zoo.runs.dealing import image_cost
-from zoo.runs.folder import RunFolder
+from zoo.runs.folder import RunFolder, read_metrics
 from zoo.runs.kept_features import Recall, keep_features
 from zoo.runs.left_out import LeftOut
 from zoo.runs.lengths import room_of
@@ -219,6 +219,11 @@ class Run:
     def _run_stage(self, index: int, name: str, stage: Stage) -> None:
         mix = self.data.mix(stage, self.cfg.seed * 1000 + index)  # each stage has an order of its own
         steps = stage.steps or -(-mix.samples_in(stage.epochs or 1) // stage.batch_size)
+        done = self.progress.step
+        if done >= steps:  # config.yaml was changed, or a data set, whose records count the steps of an epoch
+            what = f"Stage {name!r} has {steps} steps now, and the run has taken {done} of it"
+            more = f"give it more in {str(self.folder.config)!r}, {done + 1} say"
+            stop_all(self.accelerator, ZooError(f"{what}: {more}."))
         reseed(self.cfg.seed, index, -2)  # new weights of a distiller are a function of the seed and the stage
         distiller = self.teachers.distiller(stage)
         teacher, twins = self.teachers.teacher(stage, distiller)
@@ -233,7 +238,6 @@ class Run:
             folder=Path(self.cfg.run.dir) / "features",
             note=self.display.note,
         )
-        done = self.progress.step
         if not done:
             self.step_log.left_out.begin()  # max_broken is a share of each stage's records
         place = ShardPosition(*reader_of(self.accelerator), done, self.progress.streams)
@@ -254,19 +258,21 @@ class Run:
         self.display.note(wrapped(f"{about}; {engine.precision}, {engine.attention} attention", subsequent="  "))
         self.display.begin(name, steps, done)
         with closing(iter(loader)) as source:  # workers end with the stage, whatever a traceback holds
+            if done and _is_due(stage.eval_every, done) and not by_first(self.accelerator, self._is_scored):
+                self._evaluate(engine)  # killed in it, or on SIGTERM ahead of it
             for number in range(done, steps):
                 self._step(name, number, engine, loader, source)
                 last = number + 1 == steps
-                if stage.eval_every and (number + 1) % stage.eval_every == 0 and not last:
-                    self._evaluate(engine)
                 if last:
                     self.step_log.end_stage(name, allow_nonfinite=stage.allow_nonfinite)
                     # Before saving, so that a resumed run begins the next stage.
                     self.progress.stage, self.progress.step, self.progress.streams = index + 1, 0, {}
-                if last or self._leave or (stage.checkpoint_every and (number + 1) % stage.checkpoint_every == 0):
+                if last or self._leave or _is_due(stage.checkpoint_every, number + 1):
                     self._save(engine)
                 if self._leave:
                     self._terminate()
+                if _is_due(stage.eval_every, number + 1) and not last:  # behind the checkpoint: it may take long
+                    self._evaluate(engine)
         self.display.end()
         engine.release()
         if kept is not None:
@@ -354,9 +360,14 @@ class Run:
                 stop_all(self.accelerator, not_finite(what, self.step_log.newest, self.folder))
         self.saver.save(self.progress.global_step, named, optimizers, asdict(self.progress))
 
+    def _is_scored(self) -> bool:
+        step = self.progress.global_step
+        return any("scores" in row and row["step"] == step for row in read_metrics(self.folder.metrics))
+
     def _evaluate(self, engine: Engine) -> None:
         """Score the model during a stage."""
         self.step_log.flush(allow_nonfinite=engine.stage.allow_nonfinite)
+        reseed(self.cfg.seed, self.progress.global_step, -5)  # as in a run that resumes here
         result = score(self, limit=100)
         if result is not None:
             scores, step = result.summary(), self.progress.global_step
@@ -373,3 +384,8 @@ class Run:
 
     def _on_sigterm(self, *_: Any) -> None:
         self._asked = True  # only noted: all processes must stop after the same step, which `Engine.run` agrees on
+
+
+def _is_due(every: int, step: int) -> bool:
+    """Whether what is done every so many steps, 0 for never, is done behind this one."""
+    return every > 0 and step % every == 0

@@ -10,7 +10,7 @@ from zoo.loading.build import build
 from zoo.registry.foreign import read_object
 from zoo.runs import checkpoint
 from zoo.runs.processes import by_first
-from zoo.runs.replay import config_hash, data_facts
+from zoo.runs.replay import adapters_of, changes_since, config_hash, data_facts
 from zoo.runs.resume import require_same_start
 from zoo.runs.sharding import gathers_short, shard
 from zoo.runs.tensor_parallel import require_divisible
@@ -40,7 +40,9 @@ def _make_tokenizer(run: Any, made: Path) -> None:
 
 def _note_start(run: Any, model: Any) -> None:
     if run.folder.lock.is_file():
-        require_same_start(run.folder, model, facts_of(run, model))
+        require_same_start(run.folder, model, facts_of(run, model) | {"adapters": adapters_of(run.cfg)})
+        for line in changes_since(run.folder, run.data):
+            run.display.note(f"Since the run began: {line}.")
     else:
         run.folder.write_lock(**facts_of(run, model))
 
@@ -48,7 +50,7 @@ def _note_start(run: Any, model: Any) -> None:
 def facts_of(run: Any, model: Any) -> dict[str, Any]:
     """Return what zoo.lock holds beside versions: number of processes, plugins, and weights the run began on."""
     facts: dict[str, Any] = {"processes": run.accelerator.num_processes, "plugins": list(run.cfg.plugins)}
-    facts |= {"config": config_hash(run.folder), "data": _data_of(run)}
+    facts |= {"config": config_hash(run.folder), **_begun(run)}
     facts["base"] = model.config.base
     facts |= {"parameters": sum(p.numel() for p in model.parameters()), "image_tokens": model.num_image_tokens}
     if run.source.folder is not None:
@@ -56,10 +58,13 @@ def facts_of(run: Any, model: Any) -> dict[str, Any]:
     return facts
 
 
-def _data_of(run: Any) -> dict[str, Any]:
-    """Lengths and hashes of the data sets, as the run found them when it began."""
-    noted = read_object(run.folder.lock).get("data") if run.folder.lock.is_file() else None
-    return noted if isinstance(noted, dict) else data_facts(run.data)
+def _begun(run: Any) -> dict[str, Any]:
+    """Return what the run found when it began: lengths and hashes of the data sets, and folders of adapters."""
+    noted = read_object(run.folder.lock) if run.folder.lock.is_file() else None
+    adapters = adapters_of(run.cfg) if noted is None else noted.get("adapters")
+    data = (noted or {}).get("data")
+    found = {"data": data if isinstance(data, dict) else data_facts(run.data)}
+    return found | ({"adapters": adapters} if adapters else {})
 
 
 def _build_model(run: Any, tokenizer: Path) -> tuple[Any, Any]:
