@@ -108,6 +108,19 @@ def test_pixels_and_ids_are_those_of_the_family_for_every_shape(family, tmp_path
         assert torch.equal(got["input_ids"], expected["input_ids"]), name
 
 
+def test_two_matrices_of_embeddings_that_the_language_models_config_alone_states(tmp_path):
+    reference, theirs = build.internvl(tmp_path, tie=False)
+    content = json.loads((tmp_path / "config.json").read_text())
+    del content["tie_word_embeddings"]
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    model, processor = zoo.load(f"dir:{tmp_path}")
+    text = theirs.apply_chat_template(said(1), add_generation_prompt=True)
+    batch, image = {"text": [text], "return_tensors": "pt"}, build.photo(40, 90)
+    with torch.no_grad():
+        expected = reference(**theirs(images=[image], **batch)).logits
+        assert torch.allclose(model(**processor(images=[image], **batch)).logits, expected, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("values", "tiles"),
     [

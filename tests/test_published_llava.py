@@ -321,6 +321,17 @@ def test_missing_unknown_and_misshapen_weights_are_reported_by_part(llava, tmp_p
     assert "llm.lm.lm_head.weight: (3, 48) in the file" in text
 
 
+def test_quantised_weights_are_refused_as_such(llava, tmp_path):
+    def pack(state):
+        name = "language_model.model.layers.1.mlp.up_proj.weight"
+        state[name.replace("weight", "qweight")] = state.pop(name).to(torch.int32)
+
+    folder = changed_weights(llava[0], tmp_path / "packed", pack)
+    build.edit_json(folder, "config.json", quantization_config={"quant_method": "awq", "bits": 4})
+    with pytest.raises(ZooError, match=r"states that they are quantised \(awq\).*bits=4"):
+        zoo.load(f"dir:{folder}")
+
+
 def test_a_first_patch_is_never_taken_for_cls(llava, tmp_path):
     folder = tmp_path / "odd"
     shutil.copytree(llava[0], folder)

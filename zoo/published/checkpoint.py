@@ -27,6 +27,7 @@ class Checkpoint:
         record: reference in a saved model (family, checkpoint, revision, fingerprint); None: a zoo model's own folder.
         unexpected: names in the files without a parameter in any part.
         contradictions: part -> lines with the config's value and that of the files.
+        quantised: method that config.json states; empty: none.
     """
 
     folder: Path
@@ -34,6 +35,7 @@ class Checkpoint:
     record: dict[str, Any] | None = None
     unexpected: list[str] = field(default_factory=list)
     contradictions: dict[str, list[str]] = field(default_factory=dict)
+    quantised: str = ""
 
 
 def checkpoint_in(folder: Path, checkpoint: str = "", revision: str = "") -> Checkpoint:
@@ -59,7 +61,12 @@ def checkpoint_in(folder: Path, checkpoint: str = "", revision: str = "") -> Che
         "fingerprint": fingerprint(folder),
     }
     stated = between(parse(content, f"{folder}/config.json"), tensors)
-    return Checkpoint(folder, tensors, record, unexpected, stated)
+    return Checkpoint(folder, tensors, record, unexpected, stated, _quantised(content))
+
+
+def _quantised(content: Mapping[str, Any]) -> str:
+    stated = content.get("quantization_config") or (content.get("text_config") or {}).get("quantization_config") or ""
+    return str(stated.get("quant_method") or "bitsandbytes") if isinstance(stated, Mapping) else str(stated)
 
 
 def checkpoint_from(record: Mapping[str, Any]) -> Checkpoint:

@@ -10,7 +10,8 @@ from zoo.published import family_of
 from zoo.published.family import parse, plain
 from zoo.registry import SINGLE_SLOTS, ZooError, config_of
 from zoo.registry.foreign import read_model_config
-from zoo.storage.weights import may_start_fresh
+from zoo.storage.safetensors_file import listing
+from zoo.storage.weights import may_start_fresh, weight_files
 
 # Options that change no result if shapes are equal, or that users may change.
 _FREE = {("llm", "max_positions"), ("llm", "router_aux_coef"), ("llm", "zero_init_residual"), ("vision", "fit"),
@@ -68,7 +69,13 @@ def slots_in(folder: Path) -> dict[str, Any]:
     """Translate a published folder's config to slots."""
     content = read_content(folder)
     known = family_of(content, f"{folder}/config.json")
-    return known.slots(parse(content, f"{folder}/config.json"), pixels_of(folder))
+    slots = known.slots(parse(content, f"{folder}/config.json"), pixels_of(folder))
+    of_text = (content.get("text_config") or {}).get("tie_word_embeddings")
+    if "tie_word_embeddings" not in content and of_text is False and slots["llm"]["tie_embeddings"]:
+        # Files of transformers 4 state it of the language model alone, and InternVL's class has another default.
+        head = (known.ours(name) == "llm.lm.lm_head.weight" for name in listing(weight_files(folder)))
+        slots["llm"]["tie_embeddings"] = not any(head)
+    return slots
 
 
 def require_same(slots: Mapping[str, Any], folder: Path, fresh: Iterable[str] = ()) -> None:

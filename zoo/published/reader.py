@@ -86,6 +86,11 @@ class Reader:
         stated = [line for part in needed(found.contradictions) for line in found.contradictions[part]]
         if missing or unknown or other or found.unexpected or stated:
             lines = [f"The weights in {found.folder} do not fit the model.", *(f"  {line}" for line in stated)]
+            if found.quantised:
+                lines.append(
+                    f"  config.json states that they are quantised ({found.quantised}), and published models are read "
+                    "unquantised: take the repository of the whole weights; bits=4 or bits=8 quantises them on CUDA"
+                )
             lines += by_part("missing", missing, part_of) + by_part("unknown", unknown, part_of)
             lines += by_part("unknown", found.unexpected, part_of)
             lines += [f"  other shape: {o}" for o in other[:5]]
