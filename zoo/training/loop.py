@@ -387,5 +387,5 @@ class Run:
 
 
 def _is_due(every: int, step: int) -> bool:
-    """Whether what is done every so many steps, 0 for never, is done behind this one."""
+    """Whether what follows every n-th step, none for 0, follows this one."""
     return every > 0 and step % every == 0
