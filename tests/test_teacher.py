@@ -18,6 +18,7 @@ from zoo.text.batch import TEACHER_ROWS
 from zoo.text.tokenizer import shared_tokens
 from zoo.training.loop import Run
 from zoo.training.step import Counts, TrainStep, count_images, count_labels
+from zoo.vision.images.processors import Pictures, as_clip
 
 STAGE = {"steps": 1, "distiller": "llava_kd", "teacher": "t"}
 
@@ -204,6 +205,41 @@ def test_pixels_that_both_read_alike_are_held_once(make_model):
     assert "pixel_values" not in batch[TEACHER_ROWS] and "pixel_values" in batch
     _, larger = make_model(vision={**VISION, "image_size": 64, "patch_size": 16})
     assert own.collate(rows(larger, own))[TEACHER_ROWS]["pixel_values"].shape[-1] == 64
+
+
+def test_pixels_by_another_image_processor_are_made_anew(make_model):
+    """Encoder and layout may be the same, and a published image processor cut or scale images otherwise."""
+    _, own = make_model(seed=1)
+    _, theirs = make_model(seed=2)
+    values = as_clip(theirs.transform)
+    for changed, same in (({}, True), ({"do_center_crop": False, "size": {"height": 32, "width": 32}}, False)):
+        theirs.pictures = Pictures({**values, **changed})
+        assert TeacherRows(theirs, own).same_pixels is TeacherRows(own, theirs).same_pixels is same
+    own.pictures = Pictures(values)
+    assert not TeacherRows(theirs, own).same_pixels
+    row = rows(theirs, own, [0])[0]
+    assert torch.equal(row.twin.pixel_values[0], theirs.encode(samples()[0]).pixel_values[0])
+
+
+def test_hidden_image_tokens_are_not_compared(make_model):
+    """With keep_range the student has the tokens that it is shown, as behind a pruner."""
+    student, own = make_model(seed=1)
+    model, theirs = make_model(seed=2)
+    distiller = registry.build("distiller", {"name": "llava_kd"})
+    step = TrainStep(student, distiller, Teacher(model, distiller.needs), Stage(**STAGE, keep_range=[0.25, 0.25]))
+    batch = own.collate(rows(theirs, own, [0, 1]))
+    mask = batch["attention_mask"]
+    seen = {}
+
+    def look(student, teacher, given):
+        seen["shown"] = (student.image_index >= 0).sum(1).tolist()
+        seen["same"] = bool(((student.image_index >= 0) <= (given["attention_mask"] > 0)).all())
+        return distiller(student, teacher, given)
+
+    step.distiller = look
+    found = run_step(step, batch)
+    assert seen == {"shown": [4, 8], "same": True} and batch["attention_mask"] is mask
+    assert all(value.isfinite() for value in found.values())
 
 
 VISION = {"name": "timm", "image_size": 32, "patch_size": 8, "width": 32, "heads": 2, "depth": 2, "layer": -1}

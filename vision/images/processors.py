@@ -22,7 +22,7 @@ from zoo.vision.images.transform import one_row
 from zoo.vision.images.video import ByModel, Video, as_video, read_video
 
 # Our keys among the values of a processor.
-_OURS = ("call", "whole_if_several", "processor_class", "sizes", "frame_share", "also")
+OWN_VALUES = frozenset({"call", "whole_if_several", "sizes", "frame_share", "also"})
 
 # Image processors whose bounds count the pixels of both frames that a still image is shown as.
 BOTH_FRAMES = ("Glm4vImageProcessor", "Glm46VImageProcessor")
@@ -232,7 +232,7 @@ def processor_of(config: Mapping[str, Any]) -> Any:
     """
     import transformers
 
-    values = {key: value for key, value in config.items() if key not in _OURS}
+    values = {key: value for key, value in config.items() if key not in OWN_VALUES | {"processor_class"}}
     name = str(values.pop("video_processor_type", None) or values.pop("image_processor_type", "")).removesuffix("Fast")
     values.pop("image_processor_type", None)
     cls = class_named(name)

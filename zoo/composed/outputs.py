@@ -85,11 +85,17 @@ class LLMSequence:
     deep: Any = None  # features for layers of the LLM behind the first (`zoo.fusion.llm.deep.DeepFeatures`)
 
     def image_index(self) -> Tensor | None:
-        """Return the image token, counted over the batch, at each column kept: (B, K), -1 for text."""
+        """Return the image token, counted over the batch, at each column kept: (B, K), -1 for text.
+
+        Also -1 for image tokens that are hidden from the LLM (`keep_range` of a stage).
+        """
         if self.image_mask is None:
             return None
         index = self.image_mask.flatten().cumsum(0).view_as(self.image_mask) - 1  # (B, T)
-        return self._of_kept(index.masked_fill(~self.image_mask, -1))
+        shown, mask = self.image_mask, self.attention_mask
+        if mask is not None and mask.shape == shown.shape:
+            shown = shown & (mask != 0)
+        return self._of_kept(index.masked_fill(~shown, -1))
 
     def pairs(self) -> Tensor | None:
         """Return which of a pair's answers each column kept belongs to: (B, K), -1 none."""

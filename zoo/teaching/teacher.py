@@ -17,7 +17,7 @@ from zoo.composed.outputs import LOSS_ALONE, DistillView, ZooOutput
 from zoo.registry import IGNORE_INDEX, Sample, UnlikeRows, ZooError
 from zoo.runs.lengths import require_room
 from zoo.text.batch import TEACHER_ROWS, EncodedSample
-from zoo.vision.images.processors import FEATURES
+from zoo.vision.images.processors import FEATURES, OWN_VALUES
 
 
 class Teacher:
@@ -114,8 +114,21 @@ def _made_alike(vision: Any, asked: frozenset[str]) -> tuple[Any, ...]:
     return type(vision), vision.transform, joined if vision.members else None, stages
 
 
+def _same_pixels(a: Any, b: Any) -> bool:
+    """Whether two processors make the same pixels of an image, up to a step of a byte."""
+    if _pixels_by(a) != _pixels_by(b):
+        return False
+    ours, theirs = (p.pictures and p.pictures.config for p in (a, b))
+    if (ours is None) == (theirs is None):
+        return bool(ours == theirs)
+    # Only one is published, whose image processor may do just what the transform of the other does.
+    made = [p.image_processor for p in (a, b)]
+    plain = OWN_VALUES.isdisjoint(ours or theirs) and None not in made
+    return plain and bool(made[0].to_dict() == made[1].to_dict())
+
+
 def _pixels_by(processor: Any) -> tuple[Any, ...]:
-    """Return what determines the pixels of a processor."""
+    """Return what determines the pixels of a processor, beside its image processor."""
     return processor.transform, processor.layout_node, processor.videos and processor.videos.config
 
 
@@ -129,7 +142,7 @@ class TeacherRows:
 
     def __init__(self, processor: Any, student: Any, positions: int | None = None) -> None:
         self.processor, self.positions = processor, positions
-        self.same_pixels = _pixels_by(processor) == _pixels_by(student)
+        self.same_pixels = _same_pixels(processor, student)
 
     def add(self, sample: Sample, pieces: Sequence[Sample], rows: list[EncodedSample]) -> list[EncodedSample]:
         """Add the teacher's rows.
