@@ -16,7 +16,7 @@ from torch import Tensor
 
 from zoo.distill.losses.chunked import divergence
 from zoo.distill.matching.positions import match_responses, shared_vocab
-from zoo.distill.matching.terms import Terms, Weighed, beta_of, check_divergence, token_weights
+from zoo.distill.matching.terms import Terms, Weighed, beta_of, check_divergence, token_weights, why_live
 from zoo.registry import IGNORE_INDEX, ZooError, register
 
 
@@ -55,6 +55,7 @@ class KL(Weighed):
         hidden = {"student.hidden", "teacher.hidden"} if self.layers else set()
         self.needs = frozenset({"teacher.response", *hidden})
         self.equal_widths = bool(self.layers)  # student and teacher must be equally wide; read by the check
+        self.live_only = why_live(config.temperature)
         self.per_label = frozenset({"kl", "hidden"}) if config.per == "token" else frozenset()
 
     def __call__(self, student: Any, teacher: Any, batch: Mapping[str, Any]) -> dict[str, Tensor]:

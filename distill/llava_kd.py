@@ -24,7 +24,7 @@ from torch import Tensor
 from zoo.distill.losses.chunked import LiveTeacher, divergence
 from zoo.distill.losses.relation import NORMALISE, by_image, gram_of, relation_loss, relations
 from zoo.distill.matching.positions import match_images, match_responses, num_shown, shared_vocab
-from zoo.distill.matching.terms import Terms, Weighed, beta_of, check_divergence, token_weights
+from zoo.distill.matching.terms import Terms, Weighed, beta_of, check_divergence, token_weights, why_live
 from zoo.registry import ZooError, register, unknown
 
 
@@ -64,6 +64,7 @@ class LLaVAKD(Weighed):
         self.beta = beta_of(config.divergence, config.beta)
         on = {"response": config.response_weight, "visual": config.visual_weight, "relation": config.relation_weight}
         self.needs = frozenset(f"teacher.{name}" for name, weight in on.items() if weight)
+        self.live_only = why_live(config.temperature)
         self.per_label = frozenset({"response"}) if config.per == "token" else frozenset()
         self.per_image = frozenset({"visual", "relation"})
         self._gram: tuple[Any, Tensor | None] = (None, None)  # the teacher's head, and its G
@@ -120,4 +121,6 @@ class LLaVAKD(Weighed):
             theirs = by_image(rows, matched.group.to(rows.device), shown)  # (M, N, C)
             wanted = relations(teacher.llm, theirs, vocab, how, self._gram[1])
         ours = by_image(matched.rows, matched.group, shown)
-        return relation_loss(relations(student.llm, ours, vocab, how), wanted.to(ours.device)).sum()
+        each = relation_loss(relations(student.llm, ours, vocab, how), wanted.to(ours.device))  # (M,)
+        there = torch.bincount(matched.group, minlength=shown) > 0  # an image may have lost all of its tokens
+        return (each * there).sum()

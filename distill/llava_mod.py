@@ -25,12 +25,13 @@ from zoo.distill.losses.chunked import LiveTeacher, divergence
 from zoo.distill.losses.logprobs import answer_logprobs, stored_logprobs
 from zoo.distill.losses.preference import LOSSES, preference_loss
 from zoo.distill.matching.positions import Matched, match_responses, shared_vocab
-from zoo.distill.matching.terms import Terms, Weighed, beta_of, check_divergence, token_weights
+from zoo.distill.matching.terms import Terms, Weighed, beta_of, check_divergence, token_weights, why_live
 from zoo.registry import IGNORE_INDEX, ZooError, register, unknown
 
 OBJECTIVES = ("mimic", "preference")
 LOGPROBS = ("sum", "mean")
 POSITIONS = ("response", "all")
+LABELS_ONLY = "A stored teacher holds predictions of labels only: set unshifted=false and positions=response"
 
 
 @dataclass
@@ -87,6 +88,9 @@ class LLaVAMod(Weighed):
         mimic = config.objective == "mimic"
         self.needs = frozenset({"teacher.response" if mimic else "teacher.pairs"})
         self.own_reference = not mimic  # the teacher may be the student before this stage; read by the check
+        if mimic:
+            placed = config.unshifted or config.positions == "all"
+            self.live_only = LABELS_ONLY if placed else why_live(config.temperature)
         self.losses = frozenset({"balance_again"} if config.double_balance else ())  # in addition to weighted ones
         by_label = config.per == "token" and config.positions == "response"
         self.per_label = frozenset({"mimic"} if by_label else ()) if mimic else frozenset({"anchor"})
@@ -153,7 +157,7 @@ class LLaVAMod(Weighed):
 def _in_place(student: Any, teacher: Any, everywhere: bool) -> Matched:
     """Match positions of labels, or all positions, by their index, as the release does."""
     if teacher is None:
-        raise ZooError("A stored teacher holds predictions of labels only: unshifted=false and positions=response.")
+        raise ZooError(f"{LABELS_ONLY}.")
     rows, groups = [], None
     for seen in (student, teacher):
         where = torch.ones_like(seen.labels, dtype=torch.bool) if everywhere else seen.labels != IGNORE_INDEX

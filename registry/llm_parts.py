@@ -248,6 +248,8 @@ class Distiller(Part):
     """Whether the hidden states of student and teacher must have the same width."""
     own_reference: bool = False
     """Whether the teacher may be the student itself, with its weights from before the stage."""
+    live_only: str = ""
+    """Why a stored teacher cannot give what its options ask for, for a message; empty: it can."""
     grid: tuple[int, int] | None = None
     """(h, w) that the data's targets must have."""
 

@@ -153,7 +153,7 @@ def test_teaching_leaves_out_what_it_may(make_model):
     unread = RecordError("no JSON", data="d", where="f:1")
     sieve = Sieve(True, 0.1, "zoo teach")
     batch = [(one.id.encode(), one) for one in sieve.sound([good, unread, long])]
-    assert [key for key, _ in encoded(processor, batch, sieve, 60)] == [b"good"]
+    assert [key for key, _ in encoded(processor, batch, sieve, Stage(steps=1), 60)] == [b"good"]
     assert [line["kind"] for line in sieve.lines] == ["record", "length"] and sieve.seen == 3
     assert sieve.excess() is None
     sieve.seen = 100

@@ -292,6 +292,14 @@ def test_padding_of_images_with_fewer_tokens_has_no_relations():
         torch.testing.assert_close(whole, alone)
 
 
+def test_an_image_that_lost_all_of_its_tokens_has_no_loss():
+    student, teacher = pair(["tiia"])
+    student.image_index = student.image_index.masked_fill(student.image_index >= N, -1)  # of the second image
+    a, b = (m.llm.head(image_rows(m)[0]) for m in (student, teacher))
+    wanted = 1 - F.cosine_similarity((a @ a.T).flatten(), (b @ b.T).flatten(), dim=0)
+    torch.testing.assert_close(build()(student, teacher, {"num_images": 2})["relation"], wanted / 2)
+
+
 def test_a_head_that_is_more_than_a_product_is_refused():
     with pytest.raises(ZooError, match="relation_weight=0"):
         gram_of(LLM(6, plain=False), VOCAB)

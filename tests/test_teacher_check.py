@@ -67,6 +67,7 @@ def teachers(tmp_path_factory, tokenizer):
         "coarse": {"vision": {**VISION, "patch_size": 16}},
         "tiled": {"layout": TILES},
         "joined": {"layout": JOINED},
+        "drops inside": {"pruner": {"fastv": {"name": "fastv", "layer": 1}}},
         "adapted": {"adapter": {"lora": {"name": "lora", "rank": 4}}},
     }
     return {name: save_teacher(place / name, tokenizer, **more) for name, more in slots.items()}
@@ -137,6 +138,7 @@ REFUSED = {
         reason="one width: the student has 32, the teacher 48",
         fix="~stages.dft.distiller.hidden_layers",
     ),
+    "a teacher that drops inside its LLM": Case("drops inside", reason="'fastv' drops some inside", fix=NO_VISUAL),
     "a head on text alone needs no teacher": Case(
         "plain", distiller="dense", reason="'dense' asks nothing of a teacher"
     ),
@@ -202,7 +204,14 @@ def test_the_teachers_memory_counts(teachers):
 
 
 @pytest.mark.parametrize(
-    "options, precision", [({}, "bf16"), ({"dtype": "float32"}, "bf16"), ({"bits": 8}, "fp32"), ({"bits": 4}, "bf16")]
+    "options, precision",
+    [
+        ({}, "bf16"),
+        ({"device": "cpu"}, "bf16"),
+        ({"dtype": "float32"}, "bf16"),
+        ({"bits": 8}, "fp32"),
+        ({"bits": 4}, "bf16"),
+    ],
 )
 def test_a_teachers_memory_is_that_of_its_weights_as_they_are_loaded(options, precision, teachers):
     node = {"model": teachers["adapted"], **options}
@@ -213,6 +222,15 @@ def test_a_teachers_memory_is_that_of_its_weights_as_they_are_loaded(options, pr
     model, _ = load_teacher(stage.teacher_node, device=torch.device("cpu"), precision=precision)
     there = [*model.parameters(), *(b for n, b in model.named_buffers() if n.endswith(("weight_bits", "scale")))]
     assert taught - plain == pytest.approx(sum(t.nbytes for t in there), rel=0.02)
+
+
+def test_the_memory_of_a_teacher_elsewhere_is_not_that_of_the_stage(teachers):
+    found = []
+    for device in ("cpu", "cuda"):
+        stage = Stage(steps=1, distiller="kl", teacher={"model": teachers["plain"], "device": device})
+        plain = Plan(tiny_slots(), stages={"dft": stage}, tokenizer=f"{OF_MODEL}{teachers['plain']}", device="cpu")
+        found.append(check(plain).stages[0].memory.weights)
+    assert found[0] - found[1] > 50_000
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from zoo.checking.checker import RefusedError, check
 from zoo.checking.plan import Plan
 from zoo.registry import Dataset, StreamingDataset, ZooError, build
 from zoo.runs.folder import read_metrics
+from zoo.runs.left_out import Sieve
 from zoo.runs.order import Mix
 from zoo.settings.stage import Stage
 from zoo.storage.shards import shards_of
@@ -25,7 +26,7 @@ from zoo.teaching.teacher_store import TeacherStore, Writer, data_hash, draws_pi
 from zoo.text.tokenizer import OF_MODEL
 from zoo.training.loop import Run
 from zoo.training.step import Counts, TrainStep, count_images, count_labels
-from zoo.training.teach import Truncation, batches, main, outputs_of, samples, stage_of
+from zoo.training.teach import Truncation, batches, encoded, main, needs_of, outputs_of, samples, stage_of
 from zoo.vision.images.processors import Pictures
 
 NO_RELATION = "{name: llava_kd, relation_weight: 0}"
@@ -195,6 +196,30 @@ def test_it_says_what_keeping_few_tokens_costs(tmp_path, teacher, capsys):
     assert (np.diff(kept["log_probs"], axis=-1) <= 0).all()
 
 
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"distiller": {"name": "kl", "temperature": 2.0}}, "set temperature=1, not 2.0, or load the teacher"),
+        ({"data": {"photos": 1.0}}, "is of scenes, not of 'photos'"),
+        (
+            {"tokenizer": None, "vocab_size": 341},
+            "would train a tokenizer of its own, which is not that of the stored teacher",
+        ),
+        ({"template": "chatml"}, "has another tokenizer or chat template than the student"),
+    ],
+)
+def test_a_store_that_does_not_fit_is_refused_before_earlier_stages_train(teacher, store, change, reason):
+    stage = {"distiller": "kl", "teacher": {"store": str(store)}} | {
+        k: change[k] for k in change if k in ("distiller", "data")
+    }
+    given = {"tokenizer": f"{OF_MODEL}{teacher}"} | {
+        k: change[k] for k in change if k in ("tokenizer", "template", "vocab_size")
+    }
+    plan = Plan(tiny_slots(), stages={"dft": Stage(steps=3, **stage)}, data=("scenes", "photos"), **given)
+    with pytest.raises(RefusedError, match=f"(?s)Stage 'dft': .*{reason}"):
+        check(plan, fixes=0)
+
+
 def test_other_data_and_other_needs_are_refused(tmp_path, teacher, store):
     other = taught(tmp_path, teacher, {"dft": from_store(store)}, "data.scenes.seed=1", f"run.folder={tmp_path / 'a'}")
     with pytest.raises(ZooError, match="data 'scenes' is not the data that the store"):
@@ -246,6 +271,90 @@ def test_pictures_that_are_drawn_anew_in_each_epoch_are_stored_for_each(tmp_path
         assert store.add(asked[0][1], [], []) == []
     with pytest.raises(ZooError, match="its text, or its picture, which is drawn anew in each epoch, differs"):
         store.add(asked[-1][1], [], [])
+
+
+def test_one_name_and_one_text_in_two_data_sets_are_two_samples(tmp_path):
+    class Data(Dataset):
+        def __init__(self, seed):
+            self.seed = seed
+
+        def __len__(self):
+            return 2
+
+        def get(self, index, epoch=0):
+            return sample((QUESTIONS[0], "yes"), seed=self.seed + index, name=f"train-{index}")
+
+    mix = Mix({"a": Data(0), "b": Data(9)}, {}, 0)
+    asked = [
+        each
+        for group in batches(samples(mix, Stage(steps=2, batch_size=2), None), 4, set(), (), True)
+        for each in group
+    ]
+    assert sorted((s.data, s.id) for _, s in asked) == [(d, f"train-{i}") for d in "ab" for i in (0, 1)]
+    store = TeacherStore.__new__(TeacherStore)
+    store.folder, store.positions, store.about = tmp_path, [], {"by_data": True}
+    store.shards = SimpleNamespace(where={key: (0, 0) for key, s in asked if s.data == "a"})
+    for _, each in asked:
+        with nullcontext() if each.data == "a" else pytest.raises(ZooError, match="is not in the store"):
+            store.add(each, [], [])
+
+
+def test_a_teacher_that_was_trained_on_does_not_go_on_with_its_store(tmp_path, tokenizer):
+    name = save_teacher(tmp_path / "model", tokenizer)
+
+    def cfg(*more):
+        return taught(tmp_path, name, {"dft": STAGE}, "teach.limit=2", f"teach.folder={tmp_path / 'kept'}", *more)
+
+    folder = main(cfg())
+    with pytest.raises(ZooError, match='begun with another precision: "fp32", now "bf16"'):
+        main(cfg("precision=bf16"))
+    save_teacher(tmp_path / "model", tokenizer, seed=6)
+    with pytest.raises(ZooError, match="begun with another state of the teacher's weights"):
+        main(cfg())
+    about = read_about(folder)
+    (folder / "store.json").write_text(
+        json.dumps({k: v for k, v in about.items() if k not in ("weights", "precision")})
+    )
+    main(cfg())  # of an earlier version, which noted neither
+
+
+def test_each_dialog_is_a_row_of_its_own_where_the_stage_has_it_so(make_model):
+    model, processor = make_model(seed=2)
+    distiller = build("distiller", {"name": "llava_kd", "relation_weight": 0.0})
+    several = sample(*zip(QUESTIONS[:3], ANSWERS, strict=False))
+    about = {"vocab_size": len(processor.tokenizer), "positions": ["response", "visual"], "dtype": "float32"}
+    found, teacher = [], Teacher(model, distiller.needs)
+    for pack, number in (("dialogs", 1), ("none", 3)):
+        rows = encoded(processor, [(b"0" * 16, several)], Sieve(False, 0.1, ""), Stage(steps=1, pack=pack))
+        assert len(rows) == number
+        found += outputs_of(teacher, processor, rows, 4, about, Truncation())
+    (key, together), (same, apart) = found
+    assert key == same and together.keys() == apart.keys()
+    for positions, kept in together.items():
+        torch.testing.assert_close(apart[positions]["log_probs"], kept["log_probs"], rtol=1e-4, atol=1e-5)
+    unlike = sample((QUESTIONS[0], "yes"), (QUESTIONS[1], "no"))
+    unlike.dialogs[1].messages[0]["content"].reverse()  # the question in front of the image
+    with pytest.raises(ZooError, match="its dialogs do not begin alike"):
+        encoded(processor, [(b"0" * 16, unlike)], Sieve(False, 0.1, ""), Stage(steps=1, pack="none"), visual=True)
+
+
+@pytest.mark.parametrize(
+    ("distiller", "slots", "message"),
+    [
+        ({"name": "kl", "temperature": 2.0}, {}, "set temperature=1, not 2.0, or train with the teacher itself"),
+        ({"name": "llava_mod", "unshifted": True}, {}, "set unshifted=false and positions=response"),
+        ({"name": "llava_kd", "response_weight": 0.0, "visual_weight": 0.0}, {}, "asks for teacher.relation"),
+        (
+            {"name": "llava_kd"},
+            {"pruner": {"fastv": {"name": "fastv", "layer": 1}}},
+            r"the teacher has pruners \[fastv\]: take them away with stages.dft.teacher",
+        ),
+    ],
+)
+def test_what_a_store_cannot_hold_is_refused_before_it_is_made(tmp_path, tokenizer, distiller, slots, message):
+    name = save_teacher(tmp_path / "model", tokenizer, **slots)
+    with pytest.raises(ZooError, match=message):
+        needs_of("dft", Stage(steps=1, distiller=distiller, teacher=name))
 
 
 def test_half_a_shard_is_no_shard(tmp_path):

@@ -72,6 +72,13 @@ def check_divergence(divergence: str, beta: float, temperature: float, per: str)
         raise unknown("per", per, ("token", "answer"))
 
 
+def why_live(temperature: float) -> str:
+    """Return why a stored teacher has no probabilities of a temperature; empty: it has."""
+    if temperature == 1.0:
+        return ""
+    return f"A stored teacher's probabilities are those of temperature 1: set temperature=1, not {temperature}"
+
+
 def token_weights(matched: Matched, batch: Mapping[str, Any], per: str = "token") -> Tensor:
     """Weight each position (S,) so that a sum over them is a mean.
 

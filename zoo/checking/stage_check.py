@@ -264,7 +264,7 @@ def _check_distiller(name: str, stage: Any, model: Any, plan: Any) -> tuple[Any,
 
     try:
         if folder := stage.teacher_node["store"]:
-            check_store(name, stage, folder, needs, model, plan.slots)
+            check_store(name, stage, folder, distiller, model, plan)
             return distiller, 0
         return distiller, check_teacher(name, stage, distiller, model, plan)
     except ZooError as error:

@@ -19,8 +19,8 @@ from zoo.composed.quantized import quantize
 from zoo.registry import Distiller, ImageFeatures, ZooError, config_of
 from zoo.settings.source import source_named, tokenizer_at
 from zoo.storage.precision import resolve_precision
-from zoo.teaching.teacher_store import read_about
-from zoo.text.tokenizer import OF_MODEL, set_template_options, shared_tokens
+from zoo.teaching.teacher_store import STORED, read_about
+from zoo.text.tokenizer import OF_MODEL, set_template_options, shared_tokens, tokens_hash
 
 ON_IMAGES = frozenset({"teacher.visual", "teacher.relation"})  # needs of losses on image tokens
 _ALIKE = 0.95  # of the words of a tokenizer; another that has as many is of its family, with other words added
@@ -57,9 +57,15 @@ def check_teacher(name: str, stage: Any, distiller: Distiller, model: Any, plan:
             f"the loss on hidden states needs LLMs of one width: the student has {model.llm.hidden_size}, the teacher "
             f"{parts.llm.hidden_size}. Leave it out with ~stages.{name}.distiller.hidden_layers"
         )
-    return _bytes_loaded(
-        parts, node, resolve_precision(stage.precision or plan.precision, torch.device(device_of(plan)))
-    )
+    device = torch.device(device_of(plan))
+    if node["device"] and _elsewhere(torch.device(node["device"]), device):
+        return 0  # its memory is not that of the stage
+    return _bytes_loaded(parts, node, resolve_precision(stage.precision or plan.precision, device))
+
+
+def _elsewhere(own: torch.device, run: torch.device) -> bool:
+    """Whether a teacher's device is another than that of the run."""
+    return own.type != run.type or (own.index or 0) != (run.index or 0)
 
 
 def _bytes_loaded(parts: Parts, node: Mapping[str, Any], precision: str) -> int:
@@ -92,20 +98,68 @@ def _tokenizer(source: str, template: str) -> Any:
     return tokenizer_at(source, template)
 
 
-def check_store(
-    name: str, stage: Any, folder: str, needs: frozenset[str], model: Any, slots: Mapping[str, Any]
-) -> None:
-    """Refuse a stored teacher without the outputs that the distiller needs, or with other image tokens.
+def check_storable(name: str, stage: Any, distiller: Distiller) -> None:
+    """Refuse a teacher whose outputs a store cannot hold, before `zoo teach` runs it over the data.
+
+    Args:
+        name: of the stage.
+        stage: its settings, with a teacher that is a model.
+        distiller: built for any student.
+    """
+    needs: frozenset[str] = distiller.needs
+    if distiller.live_only:
+        raise ZooError(f"{distiller.live_only}, or train with the teacher itself.")
+    if not needs & {f"teacher.{positions}" for positions in STORED}:
+        asked = ", ".join(sorted(n for n in needs if n.startswith("teacher."))) or "nothing"
+        raise ZooError(
+            f"Distiller {stage.distiller_node['name']!r} asks for {asked}, and a store has predictions of "
+            f"{', '.join(STORED)}: train with the teacher itself."
+        )
+    if "teacher.visual" not in needs:
+        return
+    theirs, tokenizer = _teacher(stage.teacher_node["model"], tuple(stage.teacher_node["options"]))
+    slots = theirs.slots
+    with torch.device("meta"):
+        parts = assemble(slots, vocab_size=len(tokenizer))
+    fix = f"{_without_images(name, stage, needs & {'teacher.visual'})}, or train with the teacher itself."
+    if parts.vision is not None and parts.vision.native:
+        raise ZooError(
+            f"A store has as many image tokens of each image, and images of this teacher keep their shapes. {fix}"
+        )
+    if parts.layout is not None and not parts.layout.row_tokens:
+        raise ZooError(
+            f"A store has one grid of cells for each image or tile, and the teacher's layout "
+            f"{slots['layout']['name']!r} makes something else of it. {fix}"
+        )
+    if parts.vision is not None and parts.num_image_tokens:
+        dropping = [key for key, _, _ in _layout(parts.vision, parts.pruner, parts.projector, slots)[1]]
+        dropping += [n for n, p in parts.pruner.items() if p.ragged or p.behind or p.shortens]
+        if dropping:
+            raise ZooError(
+                f"A store has image tokens by their position in the whole grid, and the teacher has pruners "
+                f"[{','.join(dict.fromkeys(dropping))}]: take them away with stages.{name}.teacher={{model: ..., "
+                f"options: [pruner=null]}}. {fix}"
+            )
+
+
+def check_store(name: str, stage: Any, folder: str, distiller: Distiller, model: Any, plan: Any) -> None:
+    """Refuse a stored teacher without the outputs that the distiller needs, with other image tokens or other words.
 
     Args:
         name: of the stage.
         stage: its settings.
         folder: of the store.
-        needs: words of the distiller.
+        distiller: built for the student.
         model: the student on the meta device.
-        slots: of the student.
+        plan: of the student (`zoo.checking.plan.Plan`).
     """
+    needs, slots = distiller.needs, plan.slots
     about = read_about(Path(folder))
+    if distiller.live_only:
+        raise ZooError(f"{distiller.live_only}, or load the teacher")
+    if unknown_data := sorted(n for n, weight in stage.data.items() if weight > 0 and n not in about["data"]):
+        raise ZooError(f"the store {folder!r} is of {', '.join(about['data'])}, not of {unknown_data[0]!r}")
+    _check_stored_tokens(about, plan)
     missing = sorted(n for n in needs if n.startswith("teacher.") and n.partition(".")[2] not in about["positions"])
     if missing:
         what = missing[0].partition(".")[2]
@@ -130,6 +184,21 @@ def check_store(
                 f"the teacher stored in {folder!r} has pruners {_names(steps)}, and a store has image tokens by "
                 f"their position in the whole grid. {_without_images(name, stage, needs)}, or load the teacher"
             )
+
+
+def _check_stored_tokens(about: Mapping[str, Any], plan: Any) -> None:
+    """Refuse a student whose tokenizer is known to be another than that of a stored teacher."""
+    teacher = about["teacher"]["model"]
+    fix = f"Set tokenizer.checkpoint={OF_MODEL}{teacher}"
+    if plan.made is None and plan.tokenizer is None:
+        raise ZooError(
+            f"the student would train a tokenizer of its own, which is not that of the stored teacher {teacher!r}. "
+            f"{fix}"
+        )
+    if plan.made is not None or plan.trained or plan.slots.get("layout"):
+        return  # tokens may be added, or a saved template kept: the run compares what it has then
+    if tokens_hash(_tokenizer(plan.tokenizer, plan.template)) != about["tokens"]:
+        raise ZooError(f"the stored teacher {teacher!r} has another tokenizer or chat template than the student. {fix}")
 
 
 def _check_tokens(name: str, plan: Any, theirs: Any) -> int:
@@ -198,6 +267,12 @@ def _check_images(
                 f"the losses {what} compare the same image tokens of student and teacher, and the {who}'s pruner "
                 f"{ragged!r} keeps a number of its own of each image. {fix}"
             )
+    if inside := next((n for n, p in parts.pruner.items() if p.shortens), ""):
+        raise ZooError(
+            f"the losses {what} compare image tokens that the student has, and the teacher's pruner {inside!r} drops "
+            f"some inside its LLM. {fix}, or take it away with stages.{name}.teacher={{model: ..., options: "
+            "[pruner=null]}"
+        )
     layouts = [
         _options("layout", slots["layout"]) if slots.get("layout") else "none" for slots in (our_slots, their_slots)
     ]

@@ -122,15 +122,10 @@ class Batches(Dataset):
         if isinstance(sample, RecordError):
             raise sample
         with naming(sample.data, sample.where, sample.id, "text"):
-            pieces = self._pieces(sample)
+            pieces = pieces_of(sample, self.stage) if self.text else [sample]
             images = () if self.recall is None else (self.recall(sample),)
             encoded = [self.room.fit(encode(s, *images)) if self.text else encode(s, *images) for s in pieces]
             return encoded if self.teacher is None else self.teacher.add(sample, pieces, encoded)
-
-    def _pieces(self, sample: Sample) -> list[Sample]:
-        if self.stage.pack == "dialogs" or len(sample.dialogs) == 1 or not self.text:
-            return [sample]
-        return [replace(sample, dialogs=[d]) for d in sample.dialogs]
 
     def samples(self, step: int) -> list[Sample | RecordError]:
         """Return the samples of an optimiser step, with one process; errors for broken ones."""
@@ -208,6 +203,13 @@ class Batches(Dataset):
 
     def _stream_places(self) -> dict[str, Any]:
         return self.place.streams | {self.mix.names[m]: order.place for m, order in self._streams.items()}
+
+
+def pieces_of(sample: Sample, stage: Stage) -> list[Sample]:
+    """Divide a sample into the rows of a stage: with `pack=none` one for each dialog."""
+    if stage.pack == "dialogs" or len(sample.dialogs) == 1:
+        return [sample]
+    return [replace(sample, dialogs=[d]) for d in sample.dialogs]
 
 
 class _Making(Dataset):

@@ -10,7 +10,8 @@ A folder holds `store.json` (teacher, data, settings) and `shard-00000.safetenso
 For `pairs`, the reference of a preference loss, a position is a whole answer with one number: its log-probability.
 Samples are looked up by hash, so that order, packing, workers and epochs may change. Changed text is not found; changed
 images are detected by the hash of the data set. Of data that shows its images otherwise in each epoch (flips, shifts,
-crops; `pictures` of `store.json`) the hash is of the images too, and each epoch is stored.
+crops; `pictures` of `store.json`) the hash is of the images too, and each epoch is stored. Where there are several
+data sets (`by_data`) it is of their names too: `train-7` of one may say what `train-7` of another does.
 """
 
 import hashlib
@@ -33,15 +34,17 @@ from zoo.vision.images.processors import Picture
 
 INDEX = "store.json"
 FORMAT = 2
+LATER = ("precision", "weights")  # settings that stores of an earlier version do not state
 PROBES = 16  # samples of each data set whose images are part of its hash
-RESPONSE, VISUAL, PAIRS = "response", "visual", "pairs"
+STORED = RESPONSE, VISUAL, PAIRS = "response", "visual", "pairs"
 WHAT = ("ids", "log_probs", "log_rest")
 WHAT_STORE = "a stored teacher"  # for messages
 
 
-def sample_key(sample: Sample, pictures: bool = False) -> bytes:
-    """Hash a sample's id and messages, and its images if `pictures` is true, to 16 bytes."""
-    text = json.dumps([sample.id, len(sample.images), [d.messages for d in sample.dialogs]], default=str)
+def sample_key(sample: Sample, pictures: bool = False, by_data: bool = False) -> bytes:
+    """Hash a sample's id and messages to 16 bytes; also its images, and the name of its data set, if asked for."""
+    named = [sample.data] if by_data else []
+    text = json.dumps([sample.id, len(sample.images), [d.messages for d in sample.dialogs], *named], default=str)
     whole = hashlib.blake2b(text.encode(), digest_size=16)
     for image in sample.images if pictures else ():
         whole.update(key_of(*identify(image)[0]))
@@ -107,9 +110,10 @@ class Writer:
         if (folder / INDEX).is_file():
             before = read_about(folder)
             for key, value in about.items():
-                if before.get(key) != value:
+                if before.get(key) != value and (key in before or key not in LATER):
+                    what = "state of the teacher's weights" if key == "weights" else key
                     raise ZooError(
-                        f"The store {str(folder)!r} was begun with another {key}: {_short(before.get(key))}, now "
+                        f"The store {str(folder)!r} was begun with another {what}: {_short(before.get(key))}, now "
                         f"{_short(value)}. Choose another folder, or remove this one."
                     )
         else:
@@ -168,7 +172,7 @@ class TeacherStore:
         self.folder = Path(folder)
         self.about = read_about(self.folder)
         self.vocab_size = int(self.about["vocab_size"])
-        self.positions = [p for p in (RESPONSE, VISUAL, PAIRS) if f"teacher.{p}" in needs]
+        self.positions = [p for p in STORED if f"teacher.{p}" in needs]
         if absent := [p for p in self.positions if p not in self.about["positions"]]:
             raise ZooError(
                 f"The store {str(self.folder)!r} holds {', '.join(self.about['positions'])} positions; "
@@ -186,7 +190,7 @@ class TeacherStore:
             ZooError: the store does not have the sample, or has another number of labels or image tokens for it.
         """
         drawn = sample.data in (self.about.get("pictures") or ())
-        found = self.shards.where.get(sample_key(sample, drawn))
+        found = self.shards.where.get(sample_key(sample, drawn, bool(self.about.get("by_data"))))
         if found is None:
             what = "its text, or its picture, which is drawn anew in each epoch," if drawn else "its text"
             raise ZooError(

@@ -16,19 +16,22 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from omegaconf import DictConfig
 from torch import Tensor
 
+from zoo.checking.teachers import check_storable
 from zoo.composed.assembly import build_distiller
 from zoo.composed.outputs import DistillView
 from zoo.distill.losses.chunked import AT_ONCE, TopKTeacher, value_and_gradient, with_rest
 from zoo.distill.losses.logprobs import answer_logprobs
 from zoo.loading.build import load_teacher
 from zoo.registry import IGNORE_INDEX, RecordError, Sample, ZooError, naming, unknown
-from zoo.runs.batches import Batches
+from zoo.runs.batches import Batches, pieces_of
 from zoo.runs.data import RunData
+from zoo.runs.kept_features import weights_hash
 from zoo.runs.left_out import Sieve
 from zoo.runs.lengths import require_room
 from zoo.runs.order import Mix, ShardPosition
@@ -39,7 +42,7 @@ from zoo.settings.stage import Stage, stages_of
 from zoo.storage.atomic import write_text
 from zoo.storage.precision import autocast, fast_products, resolve_precision
 from zoo.teaching.teacher import Teacher
-from zoo.teaching.teacher_store import PAIRS, RESPONSE, VISUAL, Writer, data_hash, draws_pictures, sample_key
+from zoo.teaching.teacher_store import PAIRS, RESPONSE, STORED, VISUAL, Writer, data_hash, draws_pictures, sample_key
 from zoo.text.batch import EncodedSample, collate, to_device
 from zoo.text.tokenizer import tokens_hash
 
@@ -89,21 +92,18 @@ def _stored(cfg: DictConfig, name: str, stage: Stage, accelerator: Any) -> Path:
     precision = resolve_precision(stage.precision or cfg.precision, accelerator.device)
     data = RunData(cfg.data, skip_broken=bool(stage.skip_broken))
     mix = data.mix(stage, cfg.seed * 1000 + list(cfg.stages).index(name))
-    needs = needs_of(cfg, stage)
+    needs = needs_of(name, stage)
     model, processor = load_teacher(stage.teacher_node or {}, device=accelerator.device, precision=precision)
-    if f"teacher.{VISUAL}" in needs and model.vision is not None and model.vision.native:
-        raise ZooError(
-            "A store has as many image tokens of each image, and images of this teacher keep their shapes: set "
-            "visual_weight=0 in the stage's distiller, or train with the teacher itself."
-        )
     teacher = Teacher(model, needs)
     k = min(cfg.teach.k, len(processor.tokenizer) - 1)  # at least one token is left for `log_rest`
     # What the stored numbers depend on; training refuses a store whose data or tokenizer differs.
     about = {
         "teacher": stage.teacher_node,
+        "precision": precision,
+        "weights": weights_hash(model),
         "k": k,
         "dtype": cfg.teach.dtype,
-        "positions": [p for p in (RESPONSE, VISUAL, PAIRS) if f"teacher.{p}" in needs],
+        "positions": [p for p in STORED if f"teacher.{p}" in needs],
         "vocab_size": len(processor.tokenizer),
         "tokens": tokens_hash(processor.tokenizer),
         "slots": dict(model.config.slots),
@@ -113,6 +113,8 @@ def _stored(cfg: DictConfig, name: str, stage: Stage, accelerator: Any) -> Path:
     drawn = [n for n, d in zip(mix.names, mix.datasets, strict=True) if draws_pictures(d)]
     if drawn:  # no word of it else, so that stores of an earlier version are gone on with
         about["pictures"] = drawn
+    if len(mix.names) > 1:
+        about["by_data"] = True
     folder = Path(cfg.teach.folder or Path(cfg.run.dir) / "teach" / f"{cfg.run.recipe or cfg.model.name}-{name}")
     with accelerator.main_process_first():
         writer = Writer(folder, about, rank, world)
@@ -126,16 +128,17 @@ def _stored(cfg: DictConfig, name: str, stage: Stage, accelerator: Any) -> Path:
     count = 0
     sieve = Sieve(bool(stage.skip_broken), cfg.max_broken, "zoo teach")
     # Each process iterates over all samples and takes every `world`-th batch, so that no communication is needed.
-    groups = batches(sieve.sound(samples(mix, stage, cfg.teach.limit)), stage.batch_size, known, drawn)
+    source = sieve.sound(samples(mix, stage, cfg.teach.limit))
+    groups = batches(source, stage.batch_size // stage.accumulate, known, drawn, len(mix.names) > 1)
     for group in islice(groups, rank, None, world):
-        batch = encoded(processor, group, sieve, model.llm.max_positions)
+        batch = encoded(processor, group, sieve, stage, model.llm.max_positions, VISUAL in about["positions"])
         if (error := sieve.excess()) is not None:
             raise error
         if not batch:
             continue
         with autocast(precision, accelerator.device):
             kept += outputs_of(teacher, processor, batch, k, about, cost)
-        count += len(batch)
+        count += len({key for key, _ in batch})
         if len(kept) >= cfg.teach.shard:
             writer.write(kept)
             kept = []
@@ -178,28 +181,55 @@ def stage_of(cfg: DictConfig) -> tuple[str, Stage]:
     return next(iter(taught.items()))
 
 
-def needs_of(cfg: DictConfig, stage: Stage) -> frozenset[str]:
-    """Return the capabilities that the stage's distiller needs, as far as a store can provide them."""
+def needs_of(name: str, stage: Stage) -> frozenset[str]:
+    """Return the capabilities that the stage's distiller needs, as far as a store can provide them.
+
+    Raises:
+        ZooError: a store cannot provide any, or not as the distiller's options or the teacher's parts are.
+    """
     from types import SimpleNamespace
 
     # A distiller's needs follow from its options; building it takes a model's widths only.
     blank = SimpleNamespace(vision=None, llm=SimpleNamespace(hidden_size=1, vocab_size=1))
-    needs: frozenset[str] = build_distiller(blank, stage.distiller_node or {}).needs
-    return needs & {f"teacher.{positions}" for positions in (RESPONSE, VISUAL, PAIRS)}
+    distiller = build_distiller(blank, stage.distiller_node or {})
+    check_storable(name, stage, distiller)
+    return frozenset(distiller.needs) & {f"teacher.{positions}" for positions in STORED}
 
 
 def encoded(
-    processor: Any, batch: list[tuple[bytes, Sample]], sieve: Sieve, positions: int | None = None
+    processor: Any,
+    batch: list[tuple[bytes, Sample]],
+    sieve: Sieve,
+    stage: Stage,
+    positions: int | None = None,
+    visual: bool = False,
 ) -> list[tuple[bytes, EncodedSample]]:
-    """Encode the samples of a batch; those that are broken or exceed the teacher's positions go to the sieve."""
-    rows = []
+    """Encode the samples of a batch, to the rows that the stage makes of each; what is broken goes to the sieve.
+
+    So do samples of more than `positions` positions, those of the teacher; and with `visual`, for which image tokens
+    are stored, those whose rows have unlike text in front of their images.
+    """
+    rows: list[tuple[bytes, EncodedSample]] = []
     for key, sample in batch:
         try:
             with naming(sample.data, sample.where, sample.id, "text"):
-                rows.append((key, require_room(processor.encode(sample), positions, "the teacher's positions")))
+                made = [processor.encode(piece) for piece in pieces_of(sample, stage)]
+                if visual and len({_up_to_image(processor, row) for row in made}) > 1:
+                    raise ZooError(
+                        "its dialogs do not begin alike, and a store has one set of image tokens for all of a "
+                        "sample: set visual_weight=0 in the stage's distiller, or train with the teacher itself."
+                    )
+                rows += [(key, require_room(row, positions, "the teacher's positions")) for row in made]
         except RecordError as error:
             sieve.leave_out(error)
     return rows
+
+
+def _up_to_image(processor: Any, row: EncodedSample) -> bytes:
+    """Return the tokens of a row up to its last image token."""
+    ids = row.input_ids
+    where = np.flatnonzero((ids == processor.image_token_id) | (ids == processor.video_token_id))
+    return ids[: where[-1] + 1].tobytes() if len(where) else b""
 
 
 def samples(mix: Mix, stage: Stage, limit: int | None) -> Iterator[Sample | RecordError]:
@@ -215,12 +245,15 @@ def samples(mix: Mix, stage: Stage, limit: int | None) -> Iterator[Sample | Reco
 
 
 def batches(
-    source: Iterator[Sample], size: int, known: set[bytes], drawn: Sequence[str] = ()
+    source: Iterator[Sample], size: int, known: set[bytes], drawn: Sequence[str] = (), by_data: bool = False
 ) -> Iterator[list[tuple[bytes, Sample]]]:
-    """Group samples that are not stored yet, without repetitions in later epochs; of data `drawn` each picture once."""
+    """Group samples that are not stored yet, without repetitions in later epochs; of data `drawn` each picture once.
+
+    With `by_data`, a sample of another data set is another one.
+    """
     group: list[tuple[bytes, Sample]] = []
     for sample in source:
-        key = sample_key(sample, sample.data in drawn)
+        key = sample_key(sample, sample.data in drawn, by_data)
         if key in known:
             continue
         known.add(key)
@@ -241,7 +274,7 @@ def outputs_of(
     about: dict[str, Any],
     cost: Truncation,
 ) -> list[tuple[bytes, dict[str, dict[str, Tensor]]]]:
-    """Run the teacher on a batch of rows; return for each row its key and the tokens to store, by kind of position."""
+    """Run the teacher on a batch of rows; return for each key the tokens to store, by kind of position."""
     rows = [row for _, row in batch]
     made = collate(rows, pad_id=processor.tokenizer.pad_token_id)
     seen = teacher.outputs_for(to_device(made, teacher.device), None)  # type: ignore[arg-type]
@@ -263,7 +296,20 @@ def outputs_of(
         kept = top_tokens(seen, states, vocab, k, about["dtype"], cost)
         for row, *parts in zip(result, *(kept[w].split(counts) for w in kept), strict=True):
             row[positions] = dict(zip(kept, parts, strict=True))
-    return [(key, row) for (key, _), row in zip(batch, result, strict=True)]
+    return _by_sample([(key, row) for (key, _), row in zip(batch, result, strict=True)])
+
+
+def _by_sample(rows: list[tuple[bytes, dict[str, dict[str, Tensor]]]]) -> list[tuple[bytes, Any]]:
+    """Join what is stored of the rows of a sample, which come one behind the other; its image tokens are of each."""
+    result: list[tuple[bytes, Any]] = []
+    for key, row in rows:
+        if not result or result[-1][0] != key:
+            result.append((key, row))
+            continue
+        for positions in row.keys() - {VISUAL}:
+            before = result[-1][1][positions]
+            before |= {what: torch.cat([before[what], row[positions][what]]) for what in before}
+    return result
 
 
 def _of_answers(seen: DistillView, batch: dict[str, Any], rows: list[Any]) -> Iterator[dict[str, Tensor]]:
