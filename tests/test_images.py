@@ -96,6 +96,8 @@ def test_a_depth_below_sixteen_bits_is_not_black(bits, tmp_path):
     for kind in ("png", "tiff"):
         wide.save(tmp_path / f"a.{kind}")
         assert np.array_equal(np.asarray(open_image(tmp_path / f"a.{kind}")), want)
+    wide.save(tmp_path / "x-ray.tiff", tiffinfo={262: 0})  # 0 is white
+    assert np.abs(np.asarray(open_image(tmp_path / "x-ray.tiff")).astype(int) - want[::-1, ::-1]).max() <= 1
     for image in (wide, Image.fromarray(stored.astype(np.int32)), Image.fromarray(stored.astype(np.float32))):
         assert np.array_equal(np.asarray(open_image(image)), want)
     deep = Image.fromarray(stored.astype(np.int32) << 8)

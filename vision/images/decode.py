@@ -26,6 +26,7 @@ MAX_PIXELS = 1024 * 1024 * 1024 // 4 // 3
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
 FULL = ("PPM", "JPEG2000")  # whose decoders scale a smaller depth to 16 bits
 DEPTHS = (8, 10, 12, 14, 16)  # bits of a grey value, as devices give them
+_PHOTOMETRIC = 262  # tag of a TIFF
 TEXT = 1 << 20  # largest text chunk of a PNG, in bytes, that is read for the orientation
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -106,7 +107,7 @@ def open_image(source: Any, where: str = "", max_pixels: int | None = None) -> I
         raise ZooError(f"{where} is a {type(source).__name__}; allowed are {_ALLOWED}.")
     try:
         if isinstance(source, Image.Image):
-            return _to_rgb(_upright(source), source.format in FULL)
+            return _to_rgb(_upright(source), source)
         with source.open("rb") if isinstance(source, Path) else nullcontext(source) as file:
             return _decoded(file, where, max_pixels or MAX_PIXELS)
     except Image.DecompressionBombError as error:
@@ -168,7 +169,7 @@ def _decoded(file: Any, where: str, max_pixels: int) -> Image.Image:
         image = Image.open(file, formats=_formats())
     with image:
         _check_size(image.size, where, max_pixels)
-        return _to_rgb(_upright(image), image.format in FULL)
+        return _to_rgb(_upright(image), image)
 
 
 def _png_pixels(file: Any) -> io.BytesIO:
@@ -253,8 +254,8 @@ def _of_array(array: Any, where: str) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(array))
 
 
-def _to_rgb(image: Image.Image, full: bool = False) -> Image.Image:
-    """Convert to RGB; `full`: grey values of more than 8 bits have 16."""
+def _to_rgb(image: Image.Image, opened: Any) -> Image.Image:
+    """Convert to RGB; `opened`: the same as it was opened, with the format of its file."""
     from PIL import Image
 
     clear = image.info.get("transparency")
@@ -262,7 +263,7 @@ def _to_rgb(image: Image.Image, full: bool = False) -> Image.Image:
         image, clear = image.copy(), None
         del image.info["transparency"]
     if image.mode.startswith("I;16") or image.mode in {"I", "F"}:
-        return Image.fromarray(_in_bytes(image, clear, full)).convert("RGB")
+        return Image.fromarray(_in_bytes(image, clear, opened)).convert("RGB")
     if image.mode in {"RGBA", "LA", "PA", "RGBa", "La"} or clear is not None:
         image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
         ground = Image.new("RGBA", image.size, (255, 255, 255, 255))
@@ -272,7 +273,7 @@ def _to_rgb(image: Image.Image, full: bool = False) -> Image.Image:
     return image.convert("RGB") if image.mode != "RGB" else image.copy()
 
 
-def _in_bytes(image: Image.Image, clear: Any, full: bool) -> Any:
+def _in_bytes(image: Image.Image, clear: Any, opened: Any) -> Any:
     """Scale grey values of any depth to bytes, (h, w); transparent ones are white."""
     import numpy as np
 
@@ -282,6 +283,8 @@ def _in_bytes(image: Image.Image, clear: Any, full: bool) -> Any:
     if image.mode == "F" and high <= 1:
         values = values * 255
     else:  # Pillow would clip at 255, to a white image
-        bits = 16 if full else next((b for b in DEPTHS if high < 1 << b), math.frexp(high)[1])
+        bits = next((b for b in DEPTHS if high < 1 << b), math.frexp(high)[1]) if opened.format not in FULL else 16
+        if opened.format == "TIFF" and opened.tag_v2.get(_PHOTOMETRIC) == 0:  # 0 is white, as in some X-rays
+            values = 2.0**bits - 1 - values  # Pillow does so with 8 bits
         values = values / 2.0 ** (bits - 8)
     return np.where(hidden, 255, np.nan_to_num(values).clip(0, 255)).astype(np.uint8)
