@@ -8,12 +8,15 @@ import types
 from collections.abc import Mapping
 from dataclasses import MISSING as NO_DEFAULT
 from dataclasses import Field, fields, is_dataclass
+from enum import Enum
 from functools import lru_cache
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from zoo.registry.errors import ZooError
 
 _SCALARS = (str, int, float, bool, type(None))
+_HELD = "bool, int, float, str, Path, an Enum, a dataclass, Any, and lists, tuples and dicts of these"
 _converted: dict[tuple[type, str], dict[str, Any]] = {}  # schema, plain values as text -> values of the right types
 
 
@@ -43,11 +46,93 @@ def made(schema: type, plain: Mapping[str, Any]) -> Any:
     Raises: as `converted`; and what the dataclass itself raises.
     """
     values = converted(schema, plain)
-    if _is_plain(values) and not _nested(schema) and all(f.init for f in fields(schema)):
-        return schema(**values)
+    if _is_plain(values) and not _nested(schema):
+        return schema(**{name: _as_hinted(value, _hints(schema)[name]) for name, value in values.items()})
     from omegaconf import OmegaConf
 
     return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), plain))
+
+
+def require_schema(schema: type, owner: str) -> None:
+    """Refuse a dataclass that no config can have the values of: they are typed in a shell, and kept as YAML and JSON.
+
+    Raises:
+        ZooError: with `owner` ("pruner 'random'"), the field, and what it may be.
+    """
+    if schema.__dataclass_params__.frozen:  # type: ignore[attr-defined]
+        raise ZooError(f"{owner}: its dataclass {schema.__qualname__} is frozen. Write @dataclass without frozen=True.")
+    for f in fields(schema):
+        if not f.init:
+            how = "What is computed is no option: set it in `__post_init__`, without a field."
+            raise ZooError(f"{owner}: option {f.name!r} has init=False. {how}")
+        if (wrong := _unheld(_hints(schema)[f.name])) is not None:
+            text = str(wrong).replace("typing.", "") if get_origin(wrong) else getattr(wrong, "__name__", str(wrong))
+            more = " Write str and check it in `__post_init__`, or use an Enum." if get_origin(wrong) is Literal else ""
+            raise ZooError(
+                f"{owner}: option {f.name!r} has the type {text}, which a config cannot hold.{more} It holds {_HELD}; "
+                "any of them may be None, and a union is of plain values."
+            )
+
+
+def _unheld(hint: Any) -> Any:
+    """The type, inside of the type of a field, that OmegaConf has no values of; None where it has all."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        kinds = [one for one in inner if one is not type(None)]
+        if len(kinds) > 1 and any(one not in _SCALARS for one in kinds):
+            return hint
+        return next((wrong for wrong in map(_unheld, kinds) if wrong is not None), None)
+    if (origin or hint) in (list, tuple, dict):
+        return next((wrong for wrong in map(_unheld, inner) if wrong is not None), None)
+    if hint in (*_SCALARS, bytes, Any, ...):
+        return None
+    return None if isinstance(hint, type) and (is_dataclass(hint) or issubclass(hint, (Enum, Path))) else hint
+
+
+def unnamed_of(node: Any, schema: type) -> Any:
+    """Return a node as the component's own dataclass, without its name.
+
+    The class of a node is made at run time, and so cannot be pickled. `__post_init__` has run, may have changed fields
+    (`self.share = self.percent / 100`), and is not run again.
+    """
+    config = object.__new__(schema)
+    values = {f.name: getattr(node, f.name) for f in fields(schema)} | vars(node)  # and what `__post_init__` has set
+    for key, value in values.items():
+        if key != "name":
+            object.__setattr__(config, key, value)
+    return config
+
+
+def plain_values(value: Any) -> Any:
+    """Return a value with members of enums by their names and paths as texts, as a shell, YAML and JSON have them."""
+    if isinstance(value, Enum):
+        return value.name
+    if isinstance(value, Mapping):
+        return {plain_values(key): plain_values(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain_values(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def _as_hinted(value: Any, hint: Any) -> Any:
+    """Make of a plain value what its type states: tuples of lists, members of enums of names, paths of texts."""
+    origin, inner = get_origin(hint), [one for one in get_args(hint) if one is not type(None)]
+    if value is None:
+        return None
+    if origin in (Union, types.UnionType):
+        return _as_hinted(value, inner[0]) if len(inner) == 1 else value
+    if origin is tuple:
+        each = inner[:1] * len(value) if inner[1:] == [...] else inner
+        return tuple(_as_hinted(item, one) for item, one in zip(value, each, strict=True))
+    if origin is list:
+        return [_as_hinted(item, inner[0]) for item in value]
+    if origin is dict:
+        return {_as_hinted(key, inner[0]): _as_hinted(item, inner[1]) for key, item in value.items()}
+    if hint is tuple:
+        return tuple(value)
+    if not isinstance(hint, type) or not issubclass(hint, (Enum, Path)):
+        return value
+    return hint[value] if issubclass(hint, Enum) else hint(value)
 
 
 def exact(schema: type, plain: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -95,7 +180,7 @@ def _by_omegaconf(schema: type, plain: Mapping[str, Any]) -> Any:
     missing = [f.name for f in fields(schema) if OmegaConf.is_missing(merged, f.name)]
     if missing:
         raise ZooError(f"a value is needed for {', '.join(map(repr, missing))}.")
-    return OmegaConf.to_container(merged, resolve=True)
+    return plain_values(OmegaConf.to_container(merged, resolve=True))
 
 
 def _default(f: Field) -> Any:

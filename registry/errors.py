@@ -188,6 +188,8 @@ def unknown_option(owner: str, given: str, options: Sequence[Option]) -> ZooErro
 
 def wrong_value(owner: str, option: str, options: Sequence[Option], message: str) -> ZooError:
     """The error for a value that OmegaConf refused with `message`, with the type that the option takes."""
+    if "." in option:  # of a dataclass, or a mapping, that is an option
+        return ZooError(f"Option {option!r} of {owner} cannot be that: {message.rstrip('.')}.")
     takes = next((f"{o.type} ({_default(o)})" for o in options if o.name == option), "another type")
     given = re.match(r"Value '(.*?)' (?:of type|could not|is not)", message, re.DOTALL)
     got = f"got {given[1]!r}." if given else f"and: {message}"

@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
-from zoo.registry.conversion import converted, made
+from zoo.registry.conversion import converted, made, require_schema, unnamed_of
 from zoo.registry.errors import ZooError, unknown, unknown_kind, unknown_option, wrong_value
 from zoo.registry.hooks import class_value, require_component, whole
 from zoo.registry.options import Option, options_of
@@ -173,10 +173,14 @@ def register(kind: str, name: str) -> Callable[[T], T]:
         config: Any = get_type_hints(cls.__init__).get("config")  # type: ignore[misc]
         if not isinstance(config, type) or not is_dataclass(config):
             raise TypeError(f"{cls.__qualname__}.__init__ must annotate `config` with a dataclass, got {config!r}.")
+        first = list(inspect.signature(cls.__init__).parameters.values())[1]  # type: ignore[misc]
+        if first.name != "config" or first.kind is first.KEYWORD_ONLY:
+            raise TypeError(f"{cls.__qualname__}.__init__ must take `config` first: (self, config: ..., *, ...).")
         if "name" in {f.name for f in fields(config)}:
             raise TypeError(f"{config.__qualname__} must not have a field `name`: it holds the registry name.")
         require_component(kind, name, cls)
-        if presets := class_value(kind, cls, "presets"):
+        require_schema(config, f"{kind} {name!r}")
+        if (presets := class_value(kind, cls, "presets")) or PRESET in {f.name for f in fields(config)}:
             require_presets(presets, f"{kind} {name!r}", options_of(config))
         taken = _entries[kind].get(name)
         # The same class again is a module that was reloaded, as notebooks do.
@@ -273,7 +277,7 @@ def config_of(kind: str, node: Mapping[str, Any]) -> tuple[Entry, Any]:
     except ZooError as error:
         raise ZooError(f"{owner}: {error}") from error
     except _omegaconf_error() as error:
-        key = str(error.full_key or error.key or "").partition(".")[0].partition("[")[0]
+        key = str(error.full_key or error.key or "").partition("[")[0]
         message = (error.msg or str(error)).splitlines()[0]
         raise wrong_value(owner, key, entry.options, message) from error
     return entry, typed
@@ -317,8 +321,7 @@ def build(kind: str, node: Mapping[str, Any], **derived: Any) -> Any:
     A component is given the derived values that its `__init__` names, and no others.
     """
     entry, typed = config_of(kind, node)
-    # The component's own dataclass rather than `entry.node`, which is made at run time and so cannot be pickled.
-    config = entry.config(**{f.name: getattr(typed, f.name) for f in fields(entry.config)})
+    config = unnamed_of(typed, entry.config)
     accepted = inspect.signature(entry.cls).parameters
     named = {k: v for k, v in derived.items() if k in accepted}
     for wanted in list(accepted.values())[1:]:

@@ -1,7 +1,11 @@
 """The table: names, entries, building, and what is refused."""
 
 import inspect
+import json
 from dataclasses import dataclass, field, fields
+from enum import Enum
+from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 
@@ -46,12 +50,111 @@ class Tiny:
 LINE = inspect.getsourcelines(Tiny)[1]
 
 
+class Order(Enum):
+    FIRST = "first"
+    LAST = "last"
+
+
+@dataclass
+class Inner:
+    size: int = 3
+
+
+@dataclass
+class TypedConfig:
+    percent: float = 50.0  # one blank ahead of the comment
+    order: Order = Order.FIRST  # which end
+    file: Path = Path("a")  # of the order
+    grid: tuple[int, int] = (
+        2,
+        3,
+    )  # behind a bracket
+    separator: str = "a  # b"  # between words
+
+    def __post_init__(self) -> None:
+        self.percent = self.percent / 100
+        self.half = self.percent / 2
+
+
+@dataclass
+class NestedConfig(TypedConfig):
+    inner: Inner = field(default_factory=Inner)
+    """Of a kind of its own.
+
+    More of it."""
+
+
+def typed(config: Any) -> type:
+    """A part with these options."""
+    made = type("Typed", (Tiny,), {"__init__": lambda self, config: setattr(self, "config", config)})
+    made.__init__.__annotations__["config"] = config
+    return made
+
+
 def test_register_build_and_derived_values(table):
     registry.register("pruner", "tiny")(Tiny)
     node = {"name": "tiny", "must": "x", "rate": 1}
     made = registry.build("pruner", node, vision_dim=7, grid=(2, 2))  # grid is not asked for, so not given
     assert (made.config.rate, made.config.sizes, made.vision_dim) == (1.0, [1, 2], 7)
     assert "tiny" in registry.names("pruner", "t*")
+
+
+@pytest.mark.parametrize("schema", [TypedConfig, NestedConfig])
+def test_options_have_their_types_and_rules_run_once(table, schema):
+    """An option computed from itself was computed twice, and a file's or an enum's could not be saved."""
+    registry.register("pruner", "typed")(typed(schema))
+    node = {"name": "typed", "order": "LAST", "grid": [4, 5]}
+    config = registry.build("pruner", node).config
+    assert type(config) is schema and (config.percent, config.half) == (0.5, 0.25)
+    assert (config.order, config.file) == (Order.LAST, Path("a"))
+    assert config.grid == ((4, 5) if schema is TypedConfig else [4, 5])  # OmegaConf makes what holds a dataclass
+    again = json.loads(json.dumps(registry.completed("pruner", node)))
+    assert (again["percent"], again["order"], again["file"], again["grid"]) == (50.0, "LAST", "a", [4, 5])
+    assert registry.build("pruner", again).config == config
+
+
+def test_what_is_said_of_options(table):
+    registry.register("pruner", "typed")(typed(NestedConfig))
+    options = {o.name: o for o in registry.get("pruner", "typed").options}
+    assert [o.doc for o in options.values()] == [
+        "one blank ahead of the comment", "which end", "of the order", "behind a bracket", "between words",
+        "Of a kind of its own.",
+    ]  # fmt: skip
+    assert (options["order"].type, options["order"].default) == ("FIRST | LAST", "FIRST")
+    assert json.dumps([o.default for o in options.values()])
+    with pytest.raises(ZooError, match=r"Option 'inner.size' of pruner 'typed' cannot be that: Value 'a'"):
+        registry.build("pruner", {"name": "typed", "inner": {"size": "a"}})
+
+
+@pytest.mark.parametrize(
+    ("hint", "default", "said"),
+    [
+        (Literal["a", "b"], "a", r"has the type Literal\['a', 'b'\], .* Write str and check it"),
+        (set[int], None, r"has the type set\[int\], which a config cannot hold"),
+        (int | list[int], 3, r"has the type int \| list\[int\], .* a union is of plain values"),
+        (list[object], None, "has the type object"),
+        (float, field(init=False), "has init=False"),
+    ],
+)
+def test_options_that_no_config_can_hold_are_refused(table, hint, default, said):
+    schema = dataclass(type("Odd", (), {"__annotations__": {"odd": hint}, "odd": default}))
+    with pytest.raises(ZooError, match=f"pruner 'odd': option 'odd' {said}"):
+        registry.register("pruner", "odd")(typed(schema))
+
+
+def test_dataclasses_and_signatures_that_cannot_be_used_are_refused(table):
+    frozen = dataclass(frozen=True)(type("Frozen", (), {"__annotations__": {"a": int}, "a": 1}))
+    with pytest.raises(ZooError, match="pruner 'odd': its dataclass Frozen is frozen"):
+        registry.register("pruner", "odd")(typed(frozen))
+    preset = dataclass(type("Taken", (), {"__annotations__": {"preset": str}, "preset": "x"}))
+    with pytest.raises(ZooError, match="an option cannot be called 'preset'"):
+        registry.register("pruner", "odd")(typed(preset))
+
+    class Odd(Tiny):
+        def __init__(self, *, config: TinyConfig) -> None: ...
+
+    with pytest.raises(TypeError, match="must take `config` first"):
+        registry.register("pruner", "odd")(Odd)
 
 
 def test_facts_of_an_entry(table):

@@ -9,7 +9,7 @@ empty question, one with words. A part that cannot be run so is left to the firs
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from typing import Any
 
@@ -148,8 +148,10 @@ def _check_llm(node: Mapping[str, Any], llm: Any) -> None:
         return part.hidden(inputs_embeds=embeds, position_ids=places, **mask).last_hidden_state
 
     first = 1 if llm.num_layers < 2 or _begins_alike(llm) else 2
-    for layers in sorted({first, llm.num_layers}):
-        made = partial(registry.build, "llm", {**node, "num_layers": layers}, vocab_size=llm.vocab_size)
+    sized = "num_layers" in {f.name for f in fields(registry.config_of("llm", node)[0].config)}  # else of one depth
+    for layers in sorted({first, llm.num_layers}) if sized else [llm.num_layers]:
+        fewer = {"num_layers": layers} if sized else {}
+        made = partial(registry.build, "llm", {**node, **fewer}, vocab_size=llm.vocab_size)
         try:
             with torch.device("meta"):
                 alone = made()  # anew: `llm` has adapters attached, which need images

@@ -186,6 +186,22 @@ def alone(case: AdapterCase) -> str:
     return "2 rows"
 
 
+@RULES.add("text alone", "without images, where `condition` gets None, a pass is the same whatever came before it")
+@torch.no_grad()
+def text_alone(case: AdapterCase) -> str:
+    llm, adapter = case.attached()
+    ids, mask = padded_batch()
+
+    def text() -> Tensor:
+        adapter.condition(None, [0, 0])
+        return llm.head(llm.hidden(inputs_embeds=llm.embed(ids), attention_mask=mask).last_hidden_state)
+
+    first = text()
+    logits(llm, adapter)
+    expect_close(text(), first, "text behind a pass with images", 0.0)
+    return "2 rows"
+
+
 def learnt(case: AdapterCase, prepare: Any, **options: Any) -> list[Tensor]:
     """Gradients of the input and of all its parameters, after `prepare` changed the language model."""
     llm = case.llm()

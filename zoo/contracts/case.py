@@ -1,14 +1,16 @@
 """A part that rules are tried on: its kind, its options, and how it is built alone."""
 
+import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from zoo.contracts.given import same_state
-from zoo.contracts.on_device import GPU, devices_of_outputs
+from zoo.contracts.on_device import GPU, devices_of_outputs, placed, tensors_of
 from zoo.contracts.rules import NotForThisPart, Rules, expect
 from zoo.registry import ZooError, build, get
 
@@ -82,6 +84,75 @@ def add_device_rule(rules: Rules, call: Callable[[nn.Module, Any], Any], given: 
             found <= {GPU.type}, f"given tensors on {GPU.type}, it gives some on {', '.join(sorted(found))}", GPU.type
         )
         return "cuda" if torch.cuda.is_available() else "cuda, on fake tensors"
+
+
+def add_no_trace_rule(rules: Rules, call: Callable[[Any, Any], Any], given: Callable[[Case], Any]) -> None:
+    """Add that a pass leaves nothing behind it, so that threads share a part, and a run draws what it drew before."""
+
+    @rules.add(
+        "no trace", "a pass changes nothing but what it returns: neither its input, nor itself, nor random seeds"
+    )
+    @torch.no_grad()
+    def no_trace(case: Case) -> str:
+        part, image = case.build(), given(case)
+        call(part, placed(image, lambda tensor: tensor.flip(0)))  # what is made once, positions say, is there now
+        streams = _streams_begun()
+        before, attributes = [tensor.clone() for tensor in tensors_of(image)], _attributes(part)
+        call(part, image)
+        after = tensors_of(image)
+        expect(
+            _alike(after, before),
+            "what it is given has other values behind a pass",
+            "a change of a copy alone",
+        )
+        now = _attributes(part)
+        changed = [n for n in {**attributes, **now} if not _alike(attributes.get(n), now.get(n))]
+        expect(not changed, f"a pass leaves {', '.join(changed[:3])} behind", "what a pass knows in local variables")
+        drawn = all(map(_alike, streams, _streams()))
+        expect(drawn, "it moves or sets the seed of random numbers that others draw", "a generator of its own, if any")
+        return "input, attributes, random numbers"
+
+
+def _streams_begun() -> list[Any]:
+    """The states of the random numbers that all code shares, from an unusual seed."""
+    torch.manual_seed(7041776)
+    np.random.seed(7041776)
+    random.seed(7041776)
+    return _streams()
+
+
+def _streams() -> list[Any]:
+    return [torch.get_rng_state(), str(np.random.get_state()), random.getstate()]
+
+
+_OF_MODULES = frozenset(vars(nn.Module()))
+
+
+def _attributes(part: nn.Module) -> dict[str, Any]:
+    """What the modules of a part hold beside weights and hooks, by name; tensors and containers are copied."""
+    modules = dict(part.named_modules())
+    own = {f"{n}.{k}".lstrip("."): v for n, m in modules.items() for k, v in vars(m).items() if k not in _OF_MODULES}
+    return {name: _copied(value) for name, value in {**own, **dict(part.named_buffers())}.items()}
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.clone()
+    if isinstance(value, dict):
+        return {key: _copied(item) for key, item in value.items()}
+    return type(value)(map(_copied, value)) if type(value) in (list, tuple) else value
+
+
+def _alike(a: Any, b: Any) -> bool:
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, Tensor):
+        return (a.shape, a.dtype) == (b.shape, b.dtype) and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(_alike(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(_alike, a, b))
+    return a is b or bool(np.array_equal(a, b) if isinstance(a, np.ndarray) else a == b)
 
 
 def add_compile_rule(rules: Rules, call: Callable[[Any, Any], Tensor], given: Callable[[Case], Any]) -> None:

@@ -76,7 +76,19 @@ def learns(case: ComposedCase) -> str:
     seen = case.reached("model")
     case.trial.forward(seen)
     case.trial.backward(seen)
+    if "taught" in seen:  # by a distiller that is a module
+        _require_taught(seen["taught"], seen["distiller"])
     return f"loss {float(seen['loss'].detach()):.2f}"
+
+
+def _require_taught(losses: dict[str, torch.Tensor], distiller: Any) -> None:
+    """Break the rule where the losses of a distiller teach nothing, or are none that it declares."""
+    bare = [name for name, loss in losses.items() if not loss.requires_grad]
+    expect(not bare, f"no gradient follows from its loss {', '.join(bare)}", "one that reaches the student")
+    if distiller.losses is not None:
+        declared = {*distiller.losses, *distiller.weights}
+        other = ", ".join(name for name in losses if name not in declared)
+        expect(not other, f"it gives {other}, and declares {', '.join(sorted(declared))}", "what it declares")
 
 
 @RULES.add("answers", "generate answers a padded batch of a prompt with an image and one without")

@@ -1,12 +1,14 @@
-"""Rules for data sets that are read by index, with the options that they are given."""
+"""Rules for data sets, with the options that they are given."""
 
 import json
 import pickle
+from collections.abc import Sequence
+from itertools import islice
 from typing import Any
 
 from zoo.contracts.case import Case, add_options_rule
 from zoo.contracts.rules import NotForThisPart, Rules, expect
-from zoo.registry import Dataset, Sample, StreamingDataset, build, names
+from zoo.registry import Dataset, RecordError, Sample, StreamingDataset, build, names
 from zoo.vision.images.decode import open_image
 
 RULES = Rules()
@@ -46,44 +48,71 @@ def length(case: DatasetCase) -> str:
 
 @RULES.add("samples", "a sample has its images, and dialogs that end with an answer and show each image once")
 def samples(case: DatasetCase) -> str:
-    data, ids = case.build(), set()
+    data = case.build()
     count = min(len(data), _LOOKED_AT)
-    for index in range(count):
-        sample = data.get(index)
-        expect(
-            isinstance(sample, Sample) and sample.dialogs, f"get({index}) is {sample!r:.60}", "a Sample with dialogs"
-        )
+    _look_at([data.get(index) for index in range(count)])
+    return f"{count} looked at"
+
+
+def _look_at(samples: Sequence[Any]) -> None:
+    """Break the rule where samples are of another form than their class states."""
+    ids, known = set(), names("task")
+    for index, sample in enumerate(samples):
+        right = isinstance(sample, Sample) and sample.dialogs
+        expect(right, f"sample {index} is {sample!r:.60}", "a Sample with dialogs")
+        expect(isinstance(sample.id, str), f"the id of sample {index} is {sample.id!r:.60}", "a text")
         ids.add(sample.id)
         for image in sample.images:
             mode = open_image(image).mode
             expect(mode == "RGB", f"an image of sample {index} is {mode}", "RGB")
         for key, value in sample.targets.items():
-            expect(
-                len(value) == len(sample.images),
-                f"target {key!r} of sample {index} has {len(value)} rows",
-                "a row an image",
-            )
+            rows = f"target {key!r} of sample {index} has {len(value)} rows"
+            expect(len(value) == len(sample.images), rows, "a row an image")
         for dialog in sample.dialogs:
-            turns = dialog.messages
             where = f"a dialog of sample {index}"
-            roles = {turn["role"] for turn in turns}
-            expect(
-                roles <= {"system", "user", "assistant"},
-                f"{where} has roles {sorted(roles)}",
-                "system, user, assistant",
-            )
-            last = turns[-1]
-            answered = last["role"] == "assistant" and "".join(p.get("text", "") for p in last["content"]).strip()
-            expect(answered, f"{where} ends with {last!r:.60}", "a turn of the assistant with text")
-            parts = [part["type"] for turn in turns for part in turn["content"]]
-            expect(set(parts) <= {"text", "image"}, f"{where} has parts {sorted(set(parts))}", "text and image")
-            images = parts.count("image")
-            expect(images == len(sample.images), f"{where} shows {images} images of {len(sample.images)}", "each once")
+            _look_at_turns(dialog.messages, len(sample.images), where)
             expect(json.loads(json.dumps(dialog.meta)) == dialog.meta, f"meta of {where}", "plain values")
-            known = names("task")
             expect(not dialog.task or dialog.task in known, f"{where} names task {dialog.task!r}", ", ".join(known))
-    expect(len(ids) == count, f"{count} samples have {len(ids)} ids", "an id each")
-    return f"{count} looked at"
+    expect(len(ids) == len(samples), f"{len(samples)} samples have {len(ids)} ids", "an id each")
+
+
+def _look_at_turns(turns: Any, images: int, where: str) -> None:
+    for turn in turns:
+        parts = turn["content"]
+        plain = isinstance(parts, list) and all(isinstance(part, dict) and "type" in part for part in parts)
+        expect(
+            plain, f"{where} has the content {parts!r:.60}", 'a list of parts, {"type": "text", "text": ...} for one'
+        )
+    roles = {turn["role"] for turn in turns}
+    expect(roles <= {"system", "user", "assistant"}, f"{where} has roles {sorted(roles)}", "system, user, assistant")
+    last = turns[-1]
+    answered = last["role"] == "assistant" and "".join(p.get("text", "") for p in last["content"]).strip()
+    expect(answered, f"{where} ends with {last!r:.60}", "a turn of the assistant with text")
+    kinds = [part["type"] for turn in turns for part in turn["content"]]
+    expect(set(kinds) <= {"text", "image"}, f"{where} has parts {sorted(set(kinds))}", "text and image")
+    shown = kinds.count("image")
+    expect(shown == images, f"{where} shows {shown} images of {images}", "each once")
+
+
+@RULES.add("stream", "a stream gives samples, the same ones again, and from number `start` on those that follow it")
+def stream(case: DatasetCase) -> str:
+    data, again = (build("dataset", case.node) for _ in range(2))
+    if not data.is_stream:
+        raise NotForThisPart("it is read by index")
+    for epoch in (0, 3):
+        first = list(islice(data.stream(epoch), _LOOKED_AT))
+        whole = [s for s in first if not isinstance(s, RecordError)]
+        expect(whole, f"epoch {epoch} gives {len(first)} records that cannot be read", "a sample")
+        _look_at(whole)
+        for start in (0, 1, len(first) - 1):
+            rest = list(islice(again.stream(epoch, start), len(first) - start))
+            alike = [_read(s) for s in rest] == [_read(s) for s in first[start:]]
+            expect(alike, f"stream({epoch}, start={start}) gives other samples", "those of stream() behind as many")
+    return f"{len(first)} looked at"
+
+
+def _read(sample: Any) -> Any:
+    return str(sample) if isinstance(sample, RecordError) else shown(sample)
 
 
 @RULES.add("same again", "a sample follows from seed, epoch and index alone, in any order")

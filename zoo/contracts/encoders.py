@@ -9,6 +9,7 @@ from zoo.contracts.case import (
     Case,
     add_compile_rule,
     add_device_rule,
+    add_no_trace_rule,
     add_options_rule,
     add_saving_rule,
     add_structure_rule,
@@ -112,6 +113,5 @@ add_structure_rule(RULES)
 add_saving_rule(RULES, lambda encoder: encoder(torch.ones(1, *encoder.transform.shape)).tokens)
 add_device_rule(RULES, lambda part, pixels: part(pixels).tokens, lambda case: case.pixels())  # type: ignore[attr-defined]
 add_compile_rule(RULES, lambda part, pixels: part(pixels).tokens, lambda case: case.pixels())  # type: ignore[attr-defined]
-
-
+add_no_trace_rule(RULES, lambda part, pixels: part(pixels), lambda case: case.pixels())  # type: ignore[attr-defined]
 add_options_rule(RULES)

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from zoo.contracts.case import Case, add_options_rule, add_saving_rule, add_structure_rule
 from zoo.contracts.given import VOCAB, padded_batch
@@ -32,8 +33,24 @@ def counts(case: LanguageModelCase) -> str:
     hidden = llm.hidden(inputs_embeds=llm.embed(ids), attention_mask=mask).last_hidden_state
     expect(hidden.shape == (2, 9, llm.hidden_size), f"states {tuple(hidden.shape)}", f"(2, 9, {llm.hidden_size})")
     shape = tuple(llm.head(hidden).shape)
-    expect(shape == (2, 9, VOCAB), f"logits {shape}", f"(2, 9, {VOCAB})")
+    expect(shape == (2, 9, llm.vocab_size), f"logits {shape}", f"(2, 9, {llm.vocab_size})")
     return f"{llm.num_layers} layers of {llm.hidden_size}"
+
+
+@RULES.add("head", "embed, hidden and head compute the model's own logits, and linear_head is that head in numbers")
+@torch.no_grad()
+def head(case: LanguageModelCase) -> str:
+    llm = case.build()
+    ids, mask = padded_batch()
+    wanted = llm.lm(input_ids=ids, attention_mask=mask).logits
+    hidden = llm.hidden(inputs_embeds=llm.embed(ids), attention_mask=mask).last_hidden_state
+    expect_close(llm.head(hidden), wanted, "by embed, hidden and head, the logits", 1e-5)
+    if (linear := llm.linear_head()) is None:
+        return "no linear_head"
+    found = linear.scale * F.linear(hidden, linear.weight, linear.bias)
+    found = found if linear.cap is None else linear.cap * torch.tanh(found / linear.cap)
+    expect_close(found, wanted, "by linear_head, the logits", 1e-5)
+    return "with its linear_head"
 
 
 @RULES.add("forward on meta", "its decoder and its head run on the meta device, as `zoo check` runs them")
@@ -47,7 +64,7 @@ def forward_on_meta(case: LanguageModelCase) -> str:
     mask = torch.ones(2, 1, 5, 5, dtype=torch.bool, device="meta")  # transformers reads the values of smaller masks
     embeds = torch.empty(2, 5, llm.hidden_size, device="meta")
     shape = tuple(llm.head(llm.hidden(inputs_embeds=embeds, attention_mask=mask).last_hidden_state).shape)
-    expect(shape == (2, 5, VOCAB), f"logits {shape}", f"(2, 5, {VOCAB})")
+    expect(shape == (2, 5, llm.vocab_size), f"logits {shape}", f"(2, 5, {llm.vocab_size})")
     return f"{shape}"
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from zoo.contracts.case import Case, add_options_rule
+from zoo.contracts.case import Case, add_no_trace_rule, add_options_rule
 from zoo.contracts.given import features
 from zoo.contracts.rules import NotForThisPart, Rules, expect, expect_close
 from zoo.registry import Cut, ImageFeatures, Layout, build
@@ -28,13 +28,22 @@ class LayoutCase(Case):
         return layout
 
 
-def laid_out(layout: Any, which: slice = slice(0, 2), dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """The tokens (S, C) of the image and the video of `CUTS`, or of one of them."""
+def shown(which: slice = slice(0, 2), dtype: torch.dtype = torch.float32) -> ImageFeatures:
+    """The features of the image and the video of `CUTS`, or of one of them."""
     cuts = tuple(CUTS[which])
     rows = slice(0, 1) if which.stop == 1 else slice(which.start, 4)
     tokens = features(m=4, grid=GRID, dim=TEXT).tokens[rows].to(dtype)
-    image = ImageFeatures(tokens, GRID, prefix=tokens[:, :1], rows=tuple(cut.rows for cut in cuts), cuts=cuts)
-    out: torch.Tensor = layout(layout.project(image, lambda some: some.tokens, cuts), cuts)
+    return ImageFeatures(tokens, GRID, prefix=tokens[:, :1], rows=tuple(cut.rows for cut in cuts), cuts=cuts)
+
+
+def laid_out(layout: Any, which: slice = slice(0, 2), dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """The tokens (S, C) of the image and the video of `CUTS`, or of one of them."""
+    return lay_out(layout, shown(which, dtype))
+
+
+def lay_out(layout: Any, image: ImageFeatures) -> torch.Tensor:
+    """The tokens (S, C) of features of some images."""
+    out: torch.Tensor = layout(layout.project(image, lambda some: some.tokens, image.cuts), image.cuts)
     return out
 
 
@@ -77,4 +86,5 @@ def dtype(case: LayoutCase) -> str:
     return "bfloat16"
 
 
+add_no_trace_rule(RULES, lay_out, lambda case: shown())
 add_options_rule(RULES)

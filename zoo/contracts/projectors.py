@@ -9,6 +9,7 @@ from zoo.contracts.case import (
     Case,
     add_compile_rule,
     add_device_rule,
+    add_no_trace_rule,
     add_options_rule,
     add_saving_rule,
     add_structure_rule,
@@ -108,4 +109,5 @@ add_structure_rule(RULES)
 add_saving_rule(RULES, lambda projector: projector(image()))
 add_device_rule(RULES, lambda part, given: part(given), lambda case: image())
 add_compile_rule(RULES, lambda part, given: part(given), lambda case: image())
+add_no_trace_rule(RULES, lambda part, given: part(given), lambda case: image())
 add_options_rule(RULES)

@@ -6,14 +6,23 @@ from typing import Any
 
 import torch
 
-from zoo.contracts.case import Case, add_compile_rule, add_device_rule, add_options_rule, add_structure_rule
+from zoo.composed.behind import run
+from zoo.contracts.case import (
+    Case,
+    add_compile_rule,
+    add_device_rule,
+    add_no_trace_rule,
+    add_options_rule,
+    add_structure_rule,
+)
 from zoo.contracts.given import features, image_row, tiny_llm
 from zoo.contracts.rules import NotForThisPart, Rules, expect, expect_close
 from zoo.registry import ImageFeatures, Pruner, ZooError, build
 
 DIM, GRID, OTHER_GRID = 24, (4, 6), (3, 5)
 RULES = Rules()
-_IN_STEP = ("cls_attention", "key_attention", "pooling_attention", "keys")
+_IN_STEP = ("cls_attention", "key_attention", "pooling_attention", "keys", "next_attention", "next_keys")
+_IN_STEP += ("patch_embeds", "projected", "valid")
 
 
 class PrunerCase(Case):
@@ -38,7 +47,7 @@ def counts(case: PrunerCase) -> str:
     expect(isinstance(pruner, Pruner), f"its class is {type(pruner).__mro__[1].__name__}", "a Pruner")
     for word in ("needs", "destroys"):  # read without building
         expect(isinstance(getattr(case.cls, word), frozenset), f"{word} of the class", "a frozenset of words")
-    out, k = pruner(case.image()), pruner.num_tokens(24)
+    out, k = run(pruner, case.image()), pruner.num_tokens(24)
     expect(1 <= k <= 24, f"num_tokens(24) is {k}", "1 to 24")
     given = f"num_tokens(24) is {k}, and forward gives {tuple(out.tokens.shape)}"
     expect(out.tokens.shape == (3, k, DIM), given, f"(3, {k}, {DIM})")
@@ -48,12 +57,11 @@ def counts(case: PrunerCase) -> str:
 @RULES.add("grid", "behind it the grid is true: that of its tokens, or None and 'grid' among `destroys`")
 def grid(case: PrunerCase) -> str:
     pruner = case.build()
-    out, k = pruner(case.image()), pruner.num_tokens(24)
+    out, k = run(pruner, case.image()), pruner.num_tokens(24)
     if "grid" in pruner.destroys:
         expect(out.grid is None, f"it destroys 'grid' and gives the grid {out.grid}", "grid=None")
         return "none is left"
-    if out.grid is None:
-        return "none is given"
+    expect(out.grid is not None, "it gives no grid, and does not destroy 'grid'", "'grid' among `destroys`")
     expect(out.grid[0] * out.grid[1] == k, f"{k} tokens with the grid {out.grid}", "h * w tokens, or destroys 'grid'")
     own = tuple(pruner.grid or GRID)
     expect(own == tuple(out.grid), f"`grid` is {own} and that of its output {out.grid}", "the same")
@@ -63,7 +71,8 @@ def grid(case: PrunerCase) -> str:
 @RULES.add("in step", "what is known of each token goes with it, or is gone: attention, keys, crops")
 def in_step(case: PrunerCase) -> str:
     pruner = case.build()
-    out, k = pruner(replace(case.image(), rows=(2, 1), row_kind="crop")), pruner.num_tokens(24)
+    given = replace(case.image(), rows=(2, 1), row_kind="crop")
+    out, k = run(pruner, given), pruner.num_tokens(24)
     known = {word: getattr(out, word) for word in _IN_STEP} | dict(out.block_attention)
     for word, tensor in known.items():
         right = tensor is None or tensor.shape[:2] == (3, k)
@@ -75,7 +84,7 @@ def in_step(case: PrunerCase) -> str:
 @RULES.add("indices", "`keep` has, for each token that it gives, where that was in the encoder's grid")
 def indices(case: PrunerCase) -> str:
     image = case.image()
-    out = case.build()(image)
+    out = run(case.build(), image)
     if out.keep is None:
         raise NotForThisPart("it gives merged tokens, or all of them")
     expect(out.keep.shape == out.tokens.shape[:2], f"keep has shape {tuple(out.keep.shape)}", "one index a token")
@@ -90,7 +99,7 @@ def indices(case: PrunerCase) -> str:
 @RULES.add("groups", "`groups` of a pruner that merges has the token that each patch went into")
 def groups(case: PrunerCase) -> str:
     pruner, image = case.build(), case.image()
-    out = pruner(image)
+    out = run(pruner, image)
     if out.groups is None:
         raise NotForThisPart("it merges nothing")
     k = out.tokens.shape[1]
@@ -103,7 +112,7 @@ def groups(case: PrunerCase) -> str:
     # One patch moves its own token alone.
     moved = image.tokens.clone()
     moved[:, 5] += 0.01
-    same = (pruner(replace(image, tokens=moved)).tokens - out.tokens).abs().amax(-1) < 1e-7  # (M, K)
+    same = (run(pruner, replace(image, tokens=moved)).tokens - out.tokens).abs().amax(-1) < 1e-7  # (M, K)
     for i in range(3):
         changed = (~same[i]).nonzero().flatten().tolist()
         own = int(out.groups[i, 5])
@@ -114,10 +123,10 @@ def groups(case: PrunerCase) -> str:
 @RULES.add("alone", "an image in a batch gives what it gives alone, and twice the same")
 def alone(case: PrunerCase) -> str:
     pruner, image = case.build(), case.image()
-    out = pruner(image)
-    expect_close(pruner(image).tokens, out.tokens, "the same batch a second time", 0.0)
+    out = run(pruner, image)
+    expect_close(run(pruner, image).tokens, out.tokens, "the same batch a second time", 0.0)
     for i in range(3):
-        one = pruner(image_row(image, i))
+        one = run(pruner, image_row(image, i))
         expect_close(one.tokens, out.tokens[i : i + 1], f"image {i} alone", 1e-6)
         if out.keep is not None:
             expect(torch.equal(one.keep, out.keep[i : i + 1]), f"image {i} alone keeps other tokens", "the same")
@@ -132,7 +141,7 @@ def unlike_sizes(case: PrunerCase) -> str:
         k = pruner.num_tokens(n)
     except ZooError as refusal:
         raise NotForThisPart(f"it refuses a grid of 3 x 5: {refusal}") from refusal
-    shape = tuple(pruner(case.image(OTHER_GRID)).tokens.shape)
+    shape = tuple(run(pruner, case.image(OTHER_GRID)).tokens.shape)
     expect(shape == (3, k, DIM), f"of a grid of 3 x 5 it gives {shape}, num_tokens(15) is {k}", f"(3, {k}, {DIM})")
     return f"{k} of {n}"
 
@@ -142,7 +151,7 @@ def keeps_all(case: PrunerCase) -> str:
     if "keep_ratio" not in case.options:
         raise NotForThisPart("it has no option keep_ratio")
     pruner, image = case.build(keep_ratio=1.0), case.image()
-    out = pruner(image)
+    out = run(pruner, image)
     expect(pruner.num_tokens(24) == 24, f"num_tokens(24) is {pruner.num_tokens(24)}", "24")
     expect_close(out.tokens, image.tokens, "the tokens", 0.0)
     kept = out.grid == image.grid and "grid" not in pruner.destroys
@@ -154,7 +163,7 @@ def keeps_all(case: PrunerCase) -> str:
 def gradient(case: PrunerCase) -> str:
     pruner = case.build().train()
     tokens = case.image().tokens.requires_grad_()
-    pruner(replace(case.image(), tokens=tokens)).tokens.sum().backward()
+    run(pruner, replace(case.image(), tokens=tokens)).tokens.sum().backward()
     expect(tokens.grad is not None and tokens.grad.any(), "no gradient reaches the tokens", "one that is not 0")
     if pruner.num_tokens(24) < 24:  # one that acts inside the LLM has its weights there
         bare = [n for n, p in pruner.named_parameters() if p.grad is None]
@@ -165,7 +174,7 @@ def gradient(case: PrunerCase) -> str:
 @RULES.add("dtype", "of bfloat16 tokens it gives bfloat16 tokens")
 def dtype(case: PrunerCase) -> str:
     image = case.image()
-    out = case.build()(replace(image, tokens=image.tokens.bfloat16()))
+    out = run(case.build(), replace(image, tokens=image.tokens.bfloat16()))
     expect(out.tokens.dtype == torch.bfloat16, f"it gives {out.tokens.dtype}", "torch.bfloat16")
     return "bfloat16"
 
@@ -173,6 +182,7 @@ def dtype(case: PrunerCase) -> str:
 add_structure_rule(RULES)
 add_device_rule(RULES, lambda part, image: part(image).tokens, lambda case: case.image())  # type: ignore[attr-defined]
 add_compile_rule(RULES, lambda part, image: part(image).tokens, lambda case: case.image())  # type: ignore[attr-defined]
+add_no_trace_rule(RULES, run, lambda case: case.image())  # type: ignore[attr-defined]
 
 
 add_options_rule(RULES)

@@ -24,6 +24,7 @@ class TaskCase(Case):
         task, said = self.build(), []
         if task.mode not in ("generate", "choice"):
             raise NotForThisPart("it is given numbers, not answers")
+        refused = 0
         for right in ANSWERS:
             dialog = _dialog(right)
             for wrong in NONSENSE:
@@ -31,10 +32,13 @@ class TaskCase(Case):
                     best, worse = (next(iter(task.score(dialog, text).values())) for text in (right, wrong))
                 except ZooError as error:  # such a task cannot parse this reference
                     said.append(str(error))
+                    refused += 1
                     break
                 said.append(f"{right!r} scores {best:g} and {wrong!r} {worse:g}")
                 if best > worse:
                     return dialog, right, wrong
+        if refused == len(ANSWERS):
+            raise NotForThisPart(f"it reads none of {', '.join(map(repr, ANSWERS))}: {said[-1]}")
         expect(False, "; ".join(said[:3]), "that the first metric of a right answer is above that of a wrong one")
         raise AssertionError
 

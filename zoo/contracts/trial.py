@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from zoo.checking.checker import RefusedError, check
 from zoo.checking.fixes import AND
@@ -227,6 +228,9 @@ class Trial:
                 rows = [row for s, r in zip(samples, rows, strict=True) for row in beside.add(s, [s], [r])]
         seen["batch"] = processor.collate(rows)
         model.train().set_trainable(["all"])
+        if isinstance(distiller, nn.Module):
+            distiller.register_forward_hook(lambda module, args, given: seen.update(taught=given))
+        seen["distiller"] = distiller
         step = TrainStep(model, distiller, teacher, stage or Stage(steps=1))
         losses = step(seen["batch"], Counts(count_labels(seen["batch"]), count_images(seen["batch"])))
         seen["loss"] = step.total(losses)

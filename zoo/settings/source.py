@@ -16,6 +16,7 @@ from zoo.published.composed import tokens_for
 from zoo.published.folder import read_content
 from zoo.published.text import tokenizer_in
 from zoo.registry import MANY, MODEL_SLOTS, ZooError, completed, plugins
+from zoo.registry.conversion import plain_values
 from zoo.registry.table import SLOT_KINDS, group_of
 from zoo.settings import model_names
 from zoo.settings.config import Typed, compose, typed_of
@@ -315,4 +316,4 @@ def plain(node: Any) -> Any:
     """Return a node of a config as dicts, lists and scalars."""
     from omegaconf import OmegaConf
 
-    return OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
+    return plain_values(OmegaConf.to_container(node, resolve=True)) if OmegaConf.is_config(node) else node

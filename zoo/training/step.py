@@ -90,7 +90,8 @@ class TrainStep(nn.Module):
             numbers = {"num_labels": counts.labels, "num_images": counts.images}
             if self.teacher is not None and self.teacher.vocab_size:
                 numbers["vocab_size"] = self.teacher.vocab_size
-            losses |= self.distiller(DistillView(out, self.model.llm), seen, {**own, **numbers})
+            given = self.distiller(DistillView(out, self.model.llm), seen, {**own, **numbers})
+            losses |= _as_losses(given, losses)
         return losses
 
     @property
@@ -319,6 +320,21 @@ class Engine:
             torch.distributed.all_reduce(all_of)
             labels, images, passes, stop = int(all_of[0]), int(all_of[1]), int(all_of[2]), bool(all_of[3] > 0)
         return Counts(max(1, labels) / world, max(1, images) / world, passes / world), stop
+
+
+def _as_losses(given: Any, others: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Return what a distiller gave, if that is losses by name, none of them one of the model's own."""
+    if not isinstance(given, Mapping):
+        raise ZooError(f"The distiller gives a {type(given).__name__}, and has to give losses by name: a dict.")
+    for name, loss in given.items():
+        if not isinstance(loss, Tensor) or loss.ndim:
+            what = f"of the shape {list(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
+            raise ZooError(
+                f"The distiller's loss {name!r} is {what}, and has to be a tensor with one number: the mean."
+            )
+        if name in others:
+            raise ZooError(f"The distiller calls a loss {name!r}, as one of the model's own is called: choose another.")
+    return given
 
 
 def weights_of(distiller: Distiller | None) -> Mapping[str, float]:
