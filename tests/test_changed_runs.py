@@ -4,12 +4,15 @@ import json
 import shutil
 
 import pytest
+import torch
 
 from tests.train_builders import config, losses, recipe
+from zoo.distill.dense import Dense
 from zoo.registry import ZooError
 from zoo.runs.folder import read_metrics
 from zoo.training import finish, loop
 from zoo.training.loop import Run
+from zoo.training.stage_teachers import StageTeachers
 from zoo.training.step import Engine
 
 
@@ -40,7 +43,9 @@ def test_rates_and_steps_that_were_changed(tmp_path, monkeypatch, capsys):
     text = (folder / "config.yaml").read_text()
     shutil.copytree(folder, tmp_path / "short")
     (tmp_path / "short" / "config.yaml").write_text(text.replace("steps: 6\n", "steps: 4\n"))
-    (folder / "config.yaml").write_text(text.replace("lr: 0.01\n", "lr: 0.0001\n"))
+    (folder / "config.yaml").write_text(
+        text.replace("lr: 0.01\n", "lr: 0.0001\n").replace("lr_scale: {}", "lr_scale: {vision: 0.5}")
+    )
 
     run = Run(config(words, f"resume={folder}"))
     inner, used = Engine.run, []
@@ -52,7 +57,7 @@ def test_rates_and_steps_that_were_changed(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(Engine, "run", noting)
     run.train()
-    assert set(used) == {0.0001} == {row["lr"] for row in read_metrics(run.folder.metrics)[4:]}
+    assert set(used) == {0.0001, 0.00005} and {0.0001} == {row["lr"] for row in read_metrics(run.folder.metrics)[4:]}
     said = capsys.readouterr().err
     assert "Since the run began: config: config.yaml was changed" in said
     with pytest.raises(ZooError, match=r"'a' has 4 steps now, and the run has taken 4 of it: give it more .*, 5 say"):
@@ -107,3 +112,33 @@ def test_a_model_whose_hashes_are_not_noted_is_saved_again(tmp_path, monkeypatch
         again.train()
         finish.finish(again)
     assert list(json.loads(run.folder.lock.read_text())["model"]) == ["model.safetensors"]
+
+
+def test_samples_that_cannot_be_divided_in_a_later_stage_are_refused_ahead_of_the_first(tmp_path, monkeypatch):
+    words = recipe(tmp_path, {"a": "steps: 1, batch_size: 6", "b": "steps: 1, batch_size: 4"})
+    monkeypatch.setattr(loop, "reader_of", lambda accelerator: (0, 3))
+    with pytest.raises(ZooError, match="Stage 'b': batch_size=4 does not split evenly over 3 processes"):
+        Run(config(words, f"run.folder={tmp_path / 'run'}"))
+
+
+def test_buffers_of_a_distiller_go_on(tmp_path, monkeypatch):
+    """A running mean of a plug-in's, say, which no gradient makes."""
+
+    def counting(self, step, steps):
+        self.seen += 1
+
+    made = StageTeachers.distiller
+
+    def with_buffer(self, stage):
+        found = made(self, stage)
+        if not hasattr(found, "seen"):
+            found.register_buffer("seen", torch.zeros(()))
+        return found
+
+    monkeypatch.setattr(Dense, "begin_step", counting)
+    monkeypatch.setattr(StageTeachers, "distiller", with_buffer)
+    words = recipe(tmp_path, {"a": "steps: 5, batch_size: 4, checkpoint_every: 1, distiller: dense"})
+    folder = stopped(words, tmp_path / "run", monkeypatch, 4)
+    run = Run(config(words, f"resume={folder}"))
+    run.train()
+    assert run.teachers._distiller[1].seen == 5

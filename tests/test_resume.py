@@ -143,9 +143,10 @@ def test_a_run_goes_on_with_the_device_and_trackers_that_it_had(tmp_path):
     Run(config(recipe(tmp_path, stages), f"run.folder={path}", "device=cpu")).close()
     saved = path / "config.yaml"
     saved.write_text(saved.read_text().replace("log: []", "log: [tensorboard]"))
-    for words, wanted in (([], ["tensorboard"]), (["log=[wandb]"], ["wandb"])):
+    for words, wanted in (([], ["tensorboard"]), (["log=[wandb]"], ["wandb"]), (["log=[]"], [])):
         assert device_and_trackers(compose("train", [f"resume={path}", *words])) == ("cpu", wanted)
-    assert device_and_trackers(compose("train", [f"resume={path}", "device=cuda"]))[0] == "cuda"
+    for device in ("cuda", "auto"):
+        assert device_and_trackers(compose("train", [f"resume={path}", f"device={device}"]))[0] == device
 
 
 def test_how_processes_share_the_model_is_as_typed_else_as_the_run_began(tmp_path):

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from zoo.data.stream_order import StreamOrder, StreamRow, order_of
 from zoo.registry import RecordError, Sample, ZooError, naming, placed, sample_or_error
-from zoo.runs.dealing import IMAGE, cost_of, deal
+from zoo.runs.dealing import IMAGE, cost_of, deal, require_even
 from zoo.runs.lengths import Room
 from zoo.runs.order import Mix, ShardPosition, Where, keyed
 from zoo.settings.stage import Stage
@@ -63,12 +63,7 @@ class Batches(Dataset):
         self.room = room or Room()  # for a row; longer ones are refused or cut
         self.recall = recall  # prepares images, those without pixels whose features are kept; None: the processor does
         self.teacher = teacher  # `TeacherRows` or `TeacherStore`: adds the teacher's rows or outputs to each row
-        parts = place.world * stage.accumulate
-        if stage.batch_size % parts:
-            raise ZooError(
-                f"batch_size={stage.batch_size} does not split evenly over {place.world} processes with "
-                f"accumulate={stage.accumulate}; allowed are multiples of {parts}."
-            )
+        parts = require_even(stage, place.world)
         mix.require_lengths(stage)
         self.image_cost = image_cost  # in tokens, for `balance`
         layout = getattr(

@@ -150,11 +150,10 @@ def load_optimizers(folder: Path, optimizers: list[Any], named: Mapping[str, Ten
         raise ZooError(f"The checkpoint {str(folder)!r} is of {count} optimisers, the stage has {len(optimizers)}.")
     names = {id(p): n for n, p in named.items()}
     for number, (optimizer, groups) in enumerate(zip(optimizers, settings, strict=True)):
-        mine = [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
-        if not isinstance(groups, list) or [g.get("params") if isinstance(g, dict) else None for g in groups] != mine:
-            raise ZooError(f"The checkpoint {str(folder)!r} holds optimiser {number} of other parameters than trained.")
         params = [p for group in optimizer.param_groups for p in group["params"]]
         index = {names[id(p)]: i for i, p in enumerate(params)}
+        if _names_in(groups) != sorted(index):
+            raise ZooError(f"The checkpoint {str(folder)!r} holds optimiser {number} of other parameters than trained.")
         states: dict[int, dict[str, Tensor]] = {}
         for full, found in stored.items():
             owner, key, name = [*full.split(":", 2), "", ""][:3]
@@ -166,6 +165,14 @@ def load_optimizers(folder: Path, optimizers: list[Any], named: Mapping[str, Ten
         # Rates and the like are those of the config, which a person may have changed; states are the checkpoint's.
         restored = [{**g, "params": [next(counts) for _ in g["params"]]} for g in optimizer.param_groups]
         optimizer.load_state_dict({"state": states, "param_groups": restored})
+
+
+def _names_in(groups: Any) -> list[str] | None:
+    """Return the names of the parameters in an optimiser's groups, of a state.json that may come from elsewhere."""
+    try:
+        return sorted(str(name) for group in groups for name in group["params"])
+    except (TypeError, KeyError):
+        return None
 
 
 def _state(stored: Any, parameter: Tensor) -> Tensor:

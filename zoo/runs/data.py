@@ -6,6 +6,7 @@ from itertools import islice
 from typing import Any
 
 from zoo.registry import RecordError, Sample, ZooError, build, placed, read_sample, source_options
+from zoo.runs.dealing import require_even
 from zoo.runs.order import Mix
 from zoo.settings.source import split_of
 from zoo.settings.stage import Stage
@@ -60,13 +61,19 @@ class RunData:
             )
         return Mix(datasets, stage.data, seed)
 
-    def require_order(self, name: str, stage: Stage) -> None:
+    def require_order(self, name: str, stage: Stage, world: int = 1) -> None:
         """Refuse a stage whose samples have no order, before those ahead of it are trained.
 
+        Args:
+            name: of the stage.
+            stage: its settings.
+            world: processes that read its data.
+
         Raises:
-            ZooError: as `mix`, or data is a stream and the stage asks for its length.
+            ZooError: as `mix`, or data is a stream and the stage asks for its length; or its samples cannot be divided.
         """
         try:
+            require_even(stage, world)
             self.mix(stage, 0).require_lengths(stage)
         except ZooError as error:
             raise ZooError(f"Stage {name!r}: {error}") from error

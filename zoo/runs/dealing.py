@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from zoo.registry import RecordError, Sample
+from zoo.registry import RecordError, Sample, ZooError
+from zoo.settings.stage import Stage
 
 CHARACTERS = 4  # of a token of text, about
 IMAGE = 250.0  # cost of an image whose number of tokens depends on it
@@ -33,6 +34,21 @@ def deal(costs: np.ndarray, parts: int) -> np.ndarray:
         dealt[takers, turn] = samples
         loads[takers] += costs[samples]
     return np.sort(dealt, axis=1).ravel()
+
+
+def require_even(stage: Stage, world: int) -> int:
+    """Return into how many parts of equal size a step's samples are divided: processes times passes.
+
+    Raises:
+        ZooError: they cannot be.
+    """
+    parts = world * stage.accumulate
+    if stage.batch_size % parts:
+        raise ZooError(
+            f"batch_size={stage.batch_size} does not split evenly over {world} processes with "
+            f"accumulate={stage.accumulate}; allowed are multiples of {parts}."
+        )
+    return parts
 
 
 def cost_of(sample: Sample | RecordError, image: float = IMAGE, share: Callable[[Any], float] | None = None) -> float:

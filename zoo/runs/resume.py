@@ -184,8 +184,10 @@ def device_and_trackers(cfg: DictConfig) -> tuple[str, list[str]]:
     device, log = cfg.device, list(cfg.log)
     if cfg.resume:
         saved = read_run_config(RunFolder.open(cfg.resume, Path(cfg.run.dir)).config)
-        device = saved.get("device", device) if device == "auto" else device
-        log = log or list(saved.get("log") or [])
+        typed = typed_of(cfg)
+        own = {word.partition("=")[0] for word in (typed.overrides if typed else ())}  # `log=[]` means none
+        device = saved.get("device", device) if device == "auto" and "device" not in own else device
+        log = list(saved.get("log") or []) if not log and "log" not in own else log
     return device, log
 
 

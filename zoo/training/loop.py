@@ -129,7 +129,7 @@ class Run:
         self.skips = self.cfg.skip_broken or any(s.skip_broken for s in self.stages.values())
         self.data = RunData(self.cfg.data, skip_broken=self.skips)
         for name, stage in self.stages.items():
-            self.data.require_order(name, stage)
+            self.data.require_order(name, stage, reader_of(self.accelerator)[1])
         self.source = source_of(self.cfg, pretrained=False)
         self.model, self.processor = compose_model(self)
         self.gather_short = False
@@ -335,7 +335,7 @@ class Run:
         """Return the tensors of a checkpoint: weights that any stage trained so far, and the model's buffers."""
         named = {f"model.{n}": t for n, t in checkpoint.tensors_of(self.model).items()}
         if engine is not None and isinstance(engine.distiller, nn.Module):
-            named |= {f"distiller.{n}": p for n, p in engine.distiller.named_parameters()}
+            named |= {f"distiller.{n}": t for n, t in checkpoint.tensors_of(engine.distiller).items()}
         for name, adapter in self.model.adapter.items():
             named |= {f"model.adapter.{name}.run.{n}": t for n, t in adapter.run_state().items()}
         ever = set(self.progress.trained)
