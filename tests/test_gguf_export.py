@@ -15,6 +15,7 @@ from zoo.cli.entry import main
 from zoo.published.gguf_export import architecture, compare, export_gguf
 from zoo.published.gguf_llm import cut_name
 from zoo.registry import ZooError
+from zoo.text.tokenizer import fit_tokenizer
 
 gguf = pytest.importorskip("gguf")
 QWEN = llm("qwen2", "llm.tie_embeddings=true", "llm.num_kv_heads=2")
@@ -105,6 +106,10 @@ def test_a_beginning_that_prompts_do_not_have_is_not_asked_for(tmp_path):
     file, _ = export_gguf(model, processor, tmp_path)
     adds = fields(file)["tokenizer.ggml.add_bos_token"]
     assert adds == (prompt["input_ids"][0][0] == tokenizer.bos_token_id) and not adds
+    fit_tokenizer(tokenizer, "", "plain")  # as it is today, it does
+    prompt = processor.apply_chat_template(asked, add_generation_prompt=True, tokenize=True, return_dict=True)
+    file, _ = export_gguf(model, processor, tmp_path / "begins")
+    assert fields(file)["tokenizer.ggml.add_bos_token"] and prompt["input_ids"][0][0] == tokenizer.bos_token_id
 
 
 def as_clip(file, pixels):

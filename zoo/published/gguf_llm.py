@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from zoo.registry import ZooError
-from zoo.text.chat_template import takes_parts
+from zoo.text.chat_template import ChatTemplate, takes_parts
 
 _LAYER = re.compile(r"^model\.layers\.(\d+)\.")
 
@@ -178,10 +178,20 @@ def _tokenizer_fields(writer: Any, text: Any, tokenizer: Any, ends: Any) -> None
     for key in ("bos", "pad", "unk"):
         if (at := getattr(tokenizer, f"{key}_token_id")) is not None:
             getattr(writer, f"add_{key}_token_id")(at)
-    begins = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
-    writer.add_add_bos_token(begins and takes_parts(tokenizer))  # templates of text write the whole beginning
+    writer.add_add_bos_token(_begins(tokenizer))
     if isinstance(tokenizer.chat_template, str):
         writer.add_chat_template(tokenizer.chat_template)
+
+
+def _begins(tokenizer: Any) -> bool:
+    """Whether prompts of the model begin as the tokenizer begins texts.
+
+    Templates of text write the whole beginning; llama.cpp does not write it twice.
+    """
+    if not tokenizer.bos_token or tokenizer("a")["input_ids"][:1] != [tokenizer.bos_token_id]:
+        return False
+    asked = [{"role": "user", "content": "a"}]
+    return takes_parts(tokenizer) or ChatTemplate(tokenizer).render(asked, True).startswith(tokenizer.bos_token)
 
 
 def llm_tensors(state: Mapping[str, Tensor], text: Any) -> dict[str, Tensor]:
