@@ -77,7 +77,9 @@ class Dense(Distiller, nn.Module):
         Raises:
             ZooError: the batch lacks the labels, they are of another grid, or a value is out of range.
         """
-        labels = self._labels(batch, student.image.tokens.shape[1])
+        if student.image is None:  # a pass of text alone
+            return {}
+        labels = self._labels(batch, *student.image.tokens.shape[:2])
         losses = {"dense": _cross_entropy(self.head(student.image.tokens), labels, self.classes, self.label_weights)}
         if self.cls_classes:
             labels = self._named(batch, self.cls_target, self.cls_classes, "cls_classes")
@@ -86,7 +88,7 @@ class Dense(Distiller, nn.Module):
             losses["cls"] = _cross_entropy(logits, labels, self.cls_classes) / len(self.cls_classes)
         return losses
 
-    def _labels(self, batch: Mapping[str, Any], num_tokens: int) -> Tensor:
+    def _labels(self, batch: Mapping[str, Any], images: int, num_tokens: int) -> Tensor:
         """Return the checked labels of the batch's cells: (M, N, number of labels) int64."""
         labels = self._named(batch, self.target, self.classes, "classes")
         if labels.shape[1] != num_tokens:
@@ -94,6 +96,11 @@ class Dense(Distiller, nn.Module):
             raise ZooError(
                 f"distiller 'dense' needs labels for the encoder's {height} x {width} = {num_tokens} cells;"
                 f" the data gives {labels.shape[1]}. With data=scenes set data.scenes.grid={height}."
+            )
+        if len(labels) != images:
+            raise ZooError(
+                f"distiller 'dense' needs labels of each image; the batch has {images} images, and labels of "
+                f"{len(labels)}: a stage that mixes data needs them in all that shows images."
             )
         return labels
 

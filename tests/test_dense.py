@@ -54,6 +54,12 @@ def test_reaches_the_encoder_and_ignores_cells_without_a_label():
     assert tokens.grad[1, 1].abs().sum() > 0
 
 
+def test_text_alone_is_no_loss_and_each_image_needs_labels():
+    assert build()(SimpleNamespace(image=None), None, {}) == {}
+    with pytest.raises(ZooError, match="the batch has 4 images, and labels of 3: a stage that mixes data"):
+        build()(student(torch.randn(M + 1, 4, D)), None, {"targets": {"patch_labels": labels()}})
+
+
 def test_no_label_at_all_is_no_loss():
     given = torch.full((M, 4, 2), IGNORE_INDEX)
     loss = build()(student(torch.randn(M, 4, D)), None, {"targets": {"patch_labels": given}})["dense"]

@@ -107,6 +107,24 @@ def test_killed_in_any_stage_a_run_goes_on_bit_for_bit(tmp_path, teacher):
         assert losses(folder) == whole
 
 
+def test_a_stage_does_not_go_on_with_a_teacher_that_was_trained_on(tmp_path, tokenizer):
+    name, stage = save_teacher(tmp_path / "model", tokenizer), f"steps: 2, checkpoint_every: 1, {KD}"
+    run = Run(taught(tmp_path, name, {"a": stage}, f"run.folder={tmp_path / 'run'}"))
+
+    def cut(engine, inner=run._save):
+        inner(engine)
+        raise KeyboardInterrupt
+
+    run._save = cut
+    with pytest.raises(KeyboardInterrupt):
+        run.train()
+    save_teacher(tmp_path / "model", tokenizer, seed=6)
+    with pytest.raises(ZooError, match=r"Stage 'a' began with its teacher 'dir:.*' in another state"):
+        Run(taught(tmp_path, name, {"a": stage}, f"resume={tmp_path / 'run'}")).train()
+    save_teacher(tmp_path / "model", tokenizer)
+    Run(taught(tmp_path, name, {"a": stage}, f"resume={tmp_path / 'run'}")).train()
+
+
 WARM = "{name: llava_kd, visual_warmup: 0.5}"
 
 

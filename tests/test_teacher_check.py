@@ -1,5 +1,6 @@
 """What cannot be taught is refused before a weight is loaded, with the reason and a fix that fits."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 
 import pytest
@@ -18,6 +19,7 @@ from zoo.settings.stage import Stage
 from zoo.text.tokenizer import OF_MODEL
 
 VISION, LLM = tiny_slots()["vision"], tiny_slots()["llm"]
+EXPERTS = {"model_type": "mixtral", "num_experts": 2, "top_k": 1}
 TILES = {"name": "tiles", "style": "joined"}
 JOINED = {"name": "anyres", "pinpoints": [[64, 32]]}
 
@@ -68,6 +70,7 @@ def teachers(tmp_path_factory, tokenizer):
         "tiled": {"layout": TILES},
         "joined": {"layout": JOINED},
         "drops inside": {"pruner": {"fastv": {"name": "fastv", "layer": 1}}},
+        "guarded": {"llm": {**LLM, **EXPERTS}, "adapter": {"moextend": {"name": "moextend", "guard": True}}},
         "adapted": {"adapter": {"lora": {"name": "lora", "rank": 4}}},
     }
     return {name: save_teacher(place / name, tokenizer, **more) for name, more in slots.items()}
@@ -194,6 +197,16 @@ def test_a_teacher_that_is_the_student_is_refused(teachers):
         check(replace(own, stages=stages))
     pruned = {**own.slots, "pruner": {"random": {"name": "random"}}}
     check(replace(own, stages=stages, slots=pruned))  # learning to do with fewer tokens is something else
+
+
+def test_rows_that_the_teacher_cannot_keep_apart_are_refused(teachers):
+    stage = Stage(steps=1, distiller="kl", teacher=teachers["drops inside"])
+    given = Plan(tiny_slots(), stages={"dft": stage}, tokenizer=f"{OF_MODEL}{stage.teacher}")
+    assert "of the teacher pruner 'fastv' chooses" in check(given).stages[0].one_dialog
+    for pack_length, message in ((None, ""), (90, "of the teacher adapter 'moextend' changes its LLM for a whole row")):
+        stage = Stage(steps=1, distiller="kl", teacher=teachers["guarded"], pack_length=pack_length)
+        with nullcontext() if not message else pytest.raises(RefusedError, match=message):
+            check(replace(given, stages={"dft": stage}), fixes=0)
 
 
 def test_the_teachers_memory_counts(teachers):

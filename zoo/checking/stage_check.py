@@ -1,7 +1,7 @@
 """Whether a stage of a recipe can run, checked before a weight is loaded: what trains, data, losses, rates, teacher."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -65,7 +65,7 @@ def check_stage(name: str, stage: Any, model: Any, plan: Any, weights: int) -> S
         _check_shorter(stage, model)
         model.detach_only(stage.detach)
         trainable = model.set_trainable(stage.train, stage.freeze)
-        distiller, teacher = _check_distiller(name, stage, model, plan) if stage.distiller else (None, 0)
+        distiller, teacher, alone = _check_distiller(name, stage, model, plan) if stage.distiller else (None, 0, "")
         if not stage.distiller and stage.teacher:
             raise ZooError(f"a teacher is named, but no distiller: set stages.{name}.distiller.")
         _check_shards(stage, model, plan)
@@ -89,7 +89,7 @@ def check_stage(name: str, stage: Any, model: Any, plan: Any, weights: int) -> S
         return on_device(stage, model, plan, scale, parallel, batch, needs)
 
     needs, grid = (frozenset(), None) if distiller is None else (frozenset(distiller.needs), distiller.grid)
-    return Stagecheck(name, trainable, measure, spread, _one_dialog(stage, model, plan), needs, grid)
+    return Stagecheck(name, trainable, measure, spread, _one_dialog(stage, model, plan) or alone, needs, grid)
 
 
 def _check_data(stage: Any, plan: Any) -> None:
@@ -240,8 +240,12 @@ def _check_rates(stage: Any, model: Any, distiller: Distiller | None) -> None:
     rate_scales(names, stage.lr_scale, parts_of(model))
 
 
-def _check_distiller(name: str, stage: Any, model: Any, plan: Any) -> tuple[Any, int]:
-    """Check the needs of a stage's distiller, and its teacher; returns the distiller and the bytes of the teacher."""
+def _check_distiller(name: str, stage: Any, model: Any, plan: Any) -> tuple[Any, int, str]:
+    """Check the needs of a stage's distiller, and its teacher.
+
+    Returns:
+        The distiller, the bytes of the teacher, and why rows can hold one dialog only on its account.
+    """
     with torch.device("meta"):
         distiller = build_distiller(model, stage.distiller_node)
     needs, who = frozenset(distiller.needs), stage.distiller_node["name"]
@@ -257,7 +261,7 @@ def _check_distiller(name: str, stage: Any, model: Any, plan: Any) -> tuple[Any,
     if "student.prefix" in needs and (model.vision is None or "prefix_tokens" not in model.vision.provides):
         raise ZooError(f"distiller {who!r} reads [CLS], and the encoder has none: set vision.cls_token=true.")
     if not stage.teacher:
-        return distiller, 0
+        return distiller, 0, ""
     if not any(n.startswith("teacher.") for n in needs):
         raise ZooError(f"distiller {who!r} asks nothing of a teacher: leave stages.{name}.teacher empty.")
     from zoo.checking.teachers import check_store, check_teacher
@@ -265,7 +269,20 @@ def _check_distiller(name: str, stage: Any, model: Any, plan: Any) -> tuple[Any,
     try:
         if folder := stage.teacher_node["store"]:
             check_store(name, stage, folder, distiller, model, plan)
-            return distiller, 0
-        return distiller, check_teacher(name, stage, distiller, model, plan)
+            return distiller, 0, ""
+        weights, parts = check_teacher(name, stage, distiller, model, plan)
     except ZooError as error:
         raise ZooError(f"{error}.") from error
+    return distiller, weights, _check_teachers_rows(stage, parts, plan)
+
+
+def _check_teachers_rows(stage: Any, parts: Any, plan: Any) -> str:
+    """Refuse rows of several samples that the teacher cannot keep apart; returns why it takes one dialog in a row."""
+    of_row = next((f"adapter {n!r} changes its LLM for a whole row" for n, a in parts.adapter.items() if a.per_row), "")
+    if stage.pack_length is not None and (why := of_row or parts.llm.mixes_rows):
+        raise ZooError(
+            f"pack_length={stage.pack_length} puts several samples into a row, and of the teacher {why}: set "
+            "pack_length=null, and pack=none where data has several dialogs about an image."
+        )
+    why = _one_dialog(stage, parts, replace(plan, attention=stage.teacher_node["attention"]))
+    return why and f"of the teacher {why}"

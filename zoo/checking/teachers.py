@@ -27,8 +27,8 @@ _ALIKE = 0.95  # of the words of a tokenizer; another that has as many is of its
 _ROW = (4, 6)  # tokens of an image, where images keep their shapes
 
 
-def check_teacher(name: str, stage: Any, distiller: Distiller, model: Any, plan: Any) -> int:
-    """Refuse a teacher that cannot teach this student; returns the bytes of its weights.
+def check_teacher(name: str, stage: Any, distiller: Distiller, model: Any, plan: Any) -> tuple[int, Parts]:
+    """Refuse a teacher that cannot teach this student; returns the bytes of its weights, and its parts.
 
     Args:
         name: of the stage.
@@ -59,8 +59,8 @@ def check_teacher(name: str, stage: Any, distiller: Distiller, model: Any, plan:
         )
     device = torch.device(device_of(plan))
     if node["device"] and _elsewhere(torch.device(node["device"]), device):
-        return 0  # its memory is not that of the stage
-    return _bytes_loaded(parts, node, resolve_precision(stage.precision or plan.precision, device))
+        return 0, parts  # its memory is not that of the stage
+    return _bytes_loaded(parts, node, resolve_precision(stage.precision or plan.precision, device)), parts
 
 
 def _elsewhere(own: torch.device, run: torch.device) -> bool:

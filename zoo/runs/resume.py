@@ -34,6 +34,7 @@ class Progress:
     trained: list[str] = field(default_factory=list)  # names of weights that a stage trained or an adapter began with
     seen: int = 0  # samples of the stage, over all processes
     left_out: int = 0  # broken ones of these
+    teacher: str = ""  # state of the stage's teacher, or of its store; empty: there is none, or it is not known
     seconds: float = 0.0  # of training, summed over the times that the run was resumed
 
 

@@ -227,6 +227,7 @@ class Run:
         reseed(self.cfg.seed, index, -2)  # new weights of a distiller are a function of the seed and the stage
         distiller = self.teachers.distiller(stage)
         teacher, twins = self.teachers.teacher(stage, distiller)
+        self.teachers.require_same(name, stage)
         engine = self._engine(index, stage, steps, distiller, teacher)
         kept = engine.unwrapped.features = keep_features(
             self.cfg.features,

@@ -1,15 +1,18 @@
 """What a stage compares its model with: the distiller, and the teacher, loaded or stored."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 from zoo.composed.assembly import build_distiller
 from zoo.loading.build import load_teacher
 from zoo.registry import Distiller, ZooError
 from zoo.runs.sharding import may_share, shard_layers
+from zoo.settings.source import source_named
 from zoo.settings.stage import Stage
+from zoo.storage.weights import fingerprint, sha256_of
 from zoo.teaching.teacher import Teacher, TeacherRows
-from zoo.teaching.teacher_store import TeacherStore
+from zoo.teaching.teacher_store import INDEX, TeacherStore
 from zoo.text.tokenizer import shared_tokens, tokens_hash
 
 
@@ -55,6 +58,28 @@ class StageTeachers:
         model, processor = self.loaded[key]
         shared = shared_tokens(self.run.processor.tokenizer, processor.tokenizer)
         return Teacher(model, needs, shared), TeacherRows(processor, self.run.processor, model.llm.max_positions)
+
+    def require_same(self, name: str, stage: Stage) -> None:
+        """Note the state of a stage's teacher; refuse to go on within the stage with another state of it.
+
+        Another teacher is what a person wrote into the run's config.yaml.
+
+        Args:
+            name: of the stage.
+            stage: its settings.
+        """
+        node, progress, who, now = stage.teacher_node, self.run.progress, "", ""
+        if node is not None and node["store"]:
+            who, now = node["store"], sha256_of(Path(node["store"]) / INDEX)
+        elif node is not None and (place := source_named(node["model"], *node["options"]).present) is not None:
+            who, now = node["model"], fingerprint(place)
+        before, _, was = progress.teacher.rpartition(" ")
+        if progress.step and who == before and now != was:
+            raise ZooError(
+                f"Stage {name!r} began with its teacher {who!r} in another state (fingerprint {now[:12]}, was "
+                f"{was[:12]}): it cannot go on with this one."
+            )
+        progress.teacher = f"{who} {now}" if who else ""
 
     def _stored(self, stage: Stage, folder: str, needs: frozenset[str]) -> tuple[TeacherStore, TeacherStore]:
         """Open a store of `zoo teach`; refuse one of other data or another tokenizer."""
