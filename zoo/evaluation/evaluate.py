@@ -121,7 +121,8 @@ def evaluate(
         tasks: task name -> task. Dialogs that name another task are left out; None scores each by the task it names.
         folder: for rows of several processes until they are joined, which all of them see; None: a temporary one.
         batch_size: dialogs at once; None chooses by the size of the model. The scores do not depend on it.
-        limit: samples of each data set; None takes all.
+        limit: samples of each data set, drawn the same for every model (the first ones of a stream, and of data with
+            groups); None takes all.
         baselines: also score the majority and the blind model.
         accelerator: of a run with several processes, which divide the samples.
         precision: fp32, or bf16 for autocast.

@@ -1,8 +1,10 @@
 """Select the dialogs that are scored, and the tasks that score them."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
+
+import torch
 
 from zoo.registry import Dialog, RecordError, Sample, ZooError, build, placed, read_sample
 
@@ -63,5 +65,21 @@ def samples_of(
         for i, sample in enumerate(dataset.stream(0, 0)):
             yield placed(sample, data, f"record {i} of the stream") if i % world == rank else None
     else:
-        for i in range(len(dataset) if limit is None else min(limit, len(dataset))):
-            yield read_sample(data, dataset, i) if i % world == rank else None
+        for place, i in enumerate(chosen(data, dataset, limit)):
+            yield read_sample(data, dataset, i) if place % world == rank else None
+
+
+def chosen(data: str, dataset: Any, limit: int | None) -> Sequence[int]:
+    """Return which samples are scored: with a limit a drawn part, the same for every model, and within a larger one's.
+
+    Files are often sorted, and the first samples then of one class. Samples of groups (`meta["group"]`) follow each
+    other, and a group in parts is scored wrongly: of such data the first ones are taken.
+    """
+    n = len(dataset)
+    if limit is None or limit >= n:
+        return range(n)
+    first = read_sample(data, dataset, 0)
+    if isinstance(first, Sample) and any("group" in dialog.meta for dialog in first.dialogs):
+        return range(limit)
+    drawn: list[int] = torch.randperm(n, generator=torch.Generator().manual_seed(0))[:limit].sort().values.tolist()
+    return drawn

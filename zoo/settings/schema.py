@@ -148,7 +148,7 @@ class RunRoot:
     features: FeaturesConfig = field(default_factory=FeaturesConfig)
     # Evaluation
     batch_size: int | None = None  # of evaluation, in dialogs; null: by the size of the model
-    limit: int | None = None  # samples of each data set; null: all, and the first 400 at the end of `zoo train`
+    limit: int | None = None  # samples of each data set, drawn; null: all, and 400 at the end of `zoo train`
     # Machine
     seed: int = 0  # of weights, data order and dropout
     device: str = "auto"  # auto | cpu | cuda | cuda:<n> | mps
