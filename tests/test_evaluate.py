@@ -9,7 +9,8 @@ import torch
 from tests.conftest import ANSWERS, QUESTIONS, picture, talk
 from zoo.evaluation.evaluate import evaluate, main, prompt_of
 from zoo.evaluation.predict import Question, answer
-from zoo.registry import Sample, Score, ZooError
+from zoo.registry import Dataset, Sample, Score, ZooError
+from zoo.runs.scored import samples_of
 
 
 class Talks:
@@ -262,9 +263,36 @@ def test_zoo_eval_writes_scores_and_predictions(tmp_path, capsys):
     assert list(cfg.data) == ["scenes"] and cfg.data.scenes["size"] == 32, "the data that the model was trained for"
     result = main(cfg)
     rows = [json.loads(line) for line in (tmp_path / "out" / "predictions.jsonl").open()]
-    assert len(rows) == len(result.predictions) and {r["id"] for r in rows} == {"eval-0", "eval-1", "eval-2"}
+    assert len(rows) == len(result.predictions) and len({r["id"] for r in rows}) == 3
     assert {"id", "kind", "prompt", "prediction", "answers", "scores", "meta"} <= set(rows[0])
     scores = json.loads((tmp_path / "out" / "scores.json").read_text())
     assert {"data", "kind", "task", "metric", "held_out", "score", "blind", "majority"} == set(scores[0])
     assert set(scores[0]["score"]) == {"value", "n", "stderr"}
     assert "majority" in capsys.readouterr().out
+
+
+class Sorted(Dataset):
+    """Ten samples of each of ten classes, one class after the other; groups of four, or none."""
+
+    def __init__(self, grouped: bool = False) -> None:
+        self.grouped = grouped
+
+    def __len__(self):
+        return 100
+
+    def get(self, index, epoch=0):
+        dialog = talk("Which class?", str(index // 10), 1)
+        dialog.meta = {"group": index // 4} if self.grouped else {}
+        return Sample(str(index), [picture(0)], [dialog])
+
+
+def test_a_limit_draws_from_sorted_data_and_leaves_groups_whole():
+    def scored(limit, data=None, rank=0, world=1):
+        return [s and int(s.id) for s in samples_of("a", data or Sorted(), limit, rank, world)]
+
+    twenty, fifty = scored(20), scored(50)
+    assert twenty == sorted(set(twenty)) and len(twenty) == 20 and len({i // 10 for i in twenty}) > 6
+    assert set(twenty) < set(fifty), "a larger limit asks what a smaller one does"
+    assert [max(both, key=bool) for both in zip(*(scored(20, None, r, 2) for r in (0, 1)), strict=True)] == twenty
+    assert scored(20, Sorted(grouped=True)) == list(range(20))
+    assert scored(None) == scored(100) == scored(200) == list(range(100))

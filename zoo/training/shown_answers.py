@@ -33,7 +33,8 @@ def shown_answers(datasets: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]
     for name, dataset in datasets.items():
         if dataset.is_stream:  # would be read from its beginning
             continue
-        for sample in islice(samples_of(name, dataset, SEARCHED, 0, 1), SEARCHED):
+        scored = len({id_ for data, id_ in asked if data == name})  # as many are drawn, so the same
+        for sample in islice(samples_of(name, dataset, scored, 0, 1), SEARCHED):
             if len(made) == count:
                 return made
             found = asked.get((name, str(getattr(sample, "id", ""))))
