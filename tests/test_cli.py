@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from types import ModuleType
 
@@ -176,6 +177,28 @@ def test_a_sweep_in_a_folder_of_any_name(root, ran, tmp_path):
     assert main(["train", "-m", f'run.dir="{root}"', "seed=1,2"]) == 0
     assert [Path(cfg.run.folder).parts[0] for cfg in ran] == [root] * 2
     assert {p.name for p in tmp_path.iterdir()} == {root}
+
+
+def test_a_job_that_fails_leaves_its_model_to_the_next(monkeypatch, tmp_path, capsys):
+    held = []
+
+    class Model:
+        pass
+
+    def job(cfg):
+        model = Model()
+        assert not [there for there in held if there() is not None]
+        held.append(weakref.ref(model))
+        try:
+            raise OSError("out of memory")
+        except OSError as error:
+            raise ValueError(f"seed {cfg.seed} is too large") from error
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("zoo.training.loop.main", job)
+    assert main(["train", "-m", "seed=1,2"]) == 2 and len(held) == 2
+    said = capsys.readouterr().err
+    assert "0 failed: seed 1 is too large" in said and "in job" in said and "2 of 2 runs" in said
 
 
 def test_two_sweeps_that_are_planned_at_once_do_not_share_a_folder(ran, monkeypatch, capsys):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from zoo.registry import ZooError
-from zoo.runs.launchers import adopt_launcher, first_host, place_of
+from zoo.runs.launchers import adopt_launcher, first_host, is_first, place_of
 
 ROOT = Path(__file__).parent.parent
 STEP = {
@@ -46,6 +46,12 @@ def test_a_task_of_srun_gets_the_variables_of_torchrun():
     assert first["MASTER_PORT"] == environment["MASTER_PORT"] and other.local_world == 4
     adopt_launcher(second := dict(STEP, SLURM_STEP_ID="1"))
     assert second["MASTER_PORT"] != environment["MASTER_PORT"]
+
+
+def test_the_first_process_is_known_ahead_of_its_group():
+    task = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "n1", "SLURM_STEP_TASKS_PER_NODE": "2"}
+    assert is_first({}) and is_first({**task, "SLURM_PROCID": "0"}) and is_first({"RANK": "0"})
+    assert not is_first({**task, "SLURM_PROCID": "1"}) and not is_first({"RANK": "1"})
 
 
 def test_what_a_person_or_torchrun_set_stays():

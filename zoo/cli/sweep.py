@@ -4,12 +4,12 @@ An option such as `pruner.random.keep_ratio=0.5` is left out of the jobs that do
 equal run once. All jobs are planned, and their values checked, before the first one starts.
 """
 
-import os
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from zoo.registry import ZooError, source_options, source_presets
 from zoo.registry.presets import PRESET
 from zoo.registry.table import kind_of
+from zoo.runs.launchers import is_first
 from zoo.settings import presets
 from zoo.settings.config import compose, hydra_of_its_own
 from zoo.settings.overrides import SEVERAL, choose, having, load_plugins, parse, prepare, quoted, values
@@ -91,14 +92,14 @@ def run(sweep: Sweep, task: Callable[[Any], Any], config_dir: str | Path | None 
     from hydra.core.plugins import Plugins
     from hydra.types import HydraContext, RunMode
 
-    if os.environ.get("RANK", "0") == "0":
+    if is_first():
         _claim(sweep.folder)
     # Hydra's launcher without its sweeper: the jobs are planned already.
     with hydra_of_its_own(config_dir) as hydra:
         overrides = [*sweep.for_hydra, f"hydra.sweep.dir={quoted(str(sweep.folder))}"]
         config = hydra.compose_config(CONFIG_NAME, overrides, RunMode.MULTIRUN, with_log_configuration=False)
         context = HydraContext(config_loader=hydra.config_loader, callbacks=Callbacks(config))
-        launcher = Plugins.instance().instantiate_launcher(context, task, config)
+        launcher = Plugins.instance().instantiate_launcher(context, partial(_letting_go, task), config)
         results = launcher.launch(sweep.jobs, initial_job_idx=0)
     failed = {number: error for number, result in enumerate(results) if (error := _error_of(result)) is not None}
     if failed:
@@ -107,6 +108,18 @@ def run(sweep: Sweep, task: Callable[[Any], Any], config_dir: str | Path | None 
                 traceback.print_exception(error)
             print(f"sweep: {sweep.folder / str(number)} failed: {error or type(error).__name__}", file=sys.stderr)
         raise ZooError(f"{len(failed)} of {len(sweep.jobs)} runs of the sweep failed: {', '.join(map(str, failed))}.")
+
+
+def _letting_go(task: Callable[[Any], Any], cfg: Any) -> Any:
+    """Run a job. The error of one that fails is kept until the end, but not the model that its frames hold."""
+    try:
+        return task(cfg)
+    except Exception as error:
+        chain: BaseException | None = error
+        while chain is not None:
+            traceback.clear_frames(chain.__traceback__)
+            chain = chain.__cause__ or chain.__context__
+        raise
 
 
 def _claim(folder: Path) -> None:

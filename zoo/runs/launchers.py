@@ -67,6 +67,13 @@ def adopt_launcher(environment: dict[str, str] | os._Environ[str] = os.environ) 
     return place
 
 
+def is_first(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether this process is alone, or the first of those that a launcher started: ahead of `adopt_launcher`, too."""
+    if (rank := environment.get("RANK")) is not None:
+        return rank == "0"
+    return (place := place_of(environment)) is None or place.rank == 0
+
+
 def place_of(environment: Mapping[str, str]) -> Place | None:
     """Read the place of this process from what SLURM, Open MPI or MPICH and its relatives set; None: it is alone."""
     for read in (_slurm, _open_mpi, _hydra_pmi):

@@ -31,6 +31,7 @@ from zoo.runs.data import RunData
 from zoo.runs.dealing import image_cost
 from zoo.runs.folder import RunFolder, read_metrics
 from zoo.runs.kept_features import Recall, keep_features
+from zoo.runs.launchers import is_first
 from zoo.runs.left_out import LeftOut
 from zoo.runs.lengths import room_of
 from zoo.runs.lock import RunLock
@@ -69,7 +70,7 @@ def main(cfg: DictConfig) -> RunFolder:
     check_trackers(list(cfg.log))  # before anything costs time
     if cfg.lock and not cfg.resume:
         cfg, notes = replayed(cfg)
-        if os.environ.get("RANK", "0") == "0":
+        if is_first():
             print("\n".join([f"Replaying {cfg.lock}.", *(f"  different here: {note}" for note in notes)]))
     elif not cfg.resume:
         plan = plan_from(cfg)
