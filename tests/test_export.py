@@ -334,6 +334,22 @@ def test_own_checkpoints_grown_vocabularies_and_end_tokens(parts, tmp_path, text
     assert theirs.config.vision_config.image_size == (48 if size else 32)
 
 
+@pytest.mark.parametrize("kind", ["dinov2_with_registers", "dinov3_vit"])
+def test_encoders_with_a_cls_token_and_no_registers_come_back(kind, tmp_path):
+    words = [*encoder(kind, "vision.registers=0"), *MLP, *llm("llama"), "tokenizer.chat_template=chatml"]
+    model, processor = zoo.compose(*words, texts=build.WORDS * 3)
+    zoo.export(model, processor, tmp_path)
+    again, _ = zoo.load(f"dir:{tmp_path}")
+    batch = processor(images=[build.photo(40, 56)], text="<image>a")
+    with torch.no_grad():
+        assert torch.allclose(again(**batch).logits, model(**batch).logits, atol=1e-5)
+    content = json.loads((tmp_path / "config.json").read_text())
+    content["vision_config"]["num_register_tokens"] = 4
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    with pytest.raises(ZooError, match="puts 5 ahead of the patches: register tokens would be image tokens"):
+        zoo.load(f"dir:{tmp_path}")
+
+
 def test_merged_lora_is_exported(parts, tmp_path):
     from transformers import AutoModelForImageTextToText
 

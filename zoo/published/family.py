@@ -195,12 +195,22 @@ def one_layer(layer: int | Sequence[int]) -> int:
 
 
 def refuse_odd_cls(select: str, vision: Any) -> None:
-    """Refuse a selection of tokens other than dropping [CLS]."""
+    """Refuse a selection of tokens that leaves others than patches."""
+    from zoo.vision.encoders.hf import FAMILIES
+
     kind = type(vision).model_type
-    has_cls = kind in ("clip_vision_model", "dinov2", "internvl_vision")
-    if select == "full" and has_cls:
+    known = FAMILIES.get(kind.removesuffix("_vision_model"))
+    if known is None:
+        return  # `vision_slot` refuses it
+    first = int(known.has_cls) * (1 + getattr(vision, "num_register_tokens", 0))
+    if select == "full" and first:
         raise ZooError("It keeps the [CLS] token among the image tokens (vision_feature_select_strategy='full').")
-    if select == "default" and not has_cls:
+    if select == "default" and first > 1:
+        raise ZooError(
+            f"It drops the first image token (vision_feature_select_strategy='default'), and its encoder {kind!r} puts "
+            f"{first} ahead of the patches: register tokens would be image tokens, which is not supported."
+        )
+    if select == "default" and not first:
         raise ZooError(
             f"It drops the first image token (vision_feature_select_strategy='default'), but its encoder "
             f"{kind!r} has no [CLS] token: that would be a patch. Such an encoder needs 'full'."
