@@ -95,7 +95,7 @@ def unnamed_of(node: Any, schema: type) -> Any:
     The class of a node is made at run time, and so cannot be pickled. `__post_init__` has run, may have changed fields
     (`self.share = self.percent / 100`), and is not run again.
     """
-    config = object.__new__(schema)
+    config: Any = object.__new__(schema)
     values = {f.name: getattr(node, f.name) for f in fields(schema)} | vars(node)  # and what `__post_init__` has set
     for key, value in values.items():
         if key != "name":

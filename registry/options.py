@@ -12,7 +12,7 @@ from itertools import zip_longest
 from pathlib import Path
 from textwrap import dedent
 from tokenize import COMMENT, TokenError, generate_tokens
-from typing import Any
+from typing import Any, get_type_hints
 
 MISSING: Any = "???"  # default of a required option, as OmegaConf spells it
 
@@ -33,7 +33,7 @@ def options_of(config: type) -> list[Option]:
     for base in reversed(config.__mro__):
         if is_dataclass(base):
             docs |= _comments_of(base)
-    result = []
+    result, hints = [], _hints(config)
     for f in fields(config):
         default = f.default
         if default is NO_DEFAULT:
@@ -42,10 +42,18 @@ def options_of(config: type) -> list[Option]:
         kind = f.type if isinstance(f.type, str) else getattr(f.type, "__name__", None)
         if not isinstance(f.type, type) and kind is not None and not isinstance(f.type, str):
             kind = re.sub(r"\b(?:\w+\.)+(?=\w)", "", str(f.type))  # names without their modules, as in the source
-        if isinstance(f.type, type) and issubclass(f.type, Enum):
-            kind = " | ".join(f.type.__members__)
+        if isinstance(hint := hints.get(f.name), type) and issubclass(hint, Enum):
+            kind = " | ".join(hint.__members__)
         result.append(Option(f.name, kind or str(f.type), default, docs.get(f.name, "")))
     return result
+
+
+def _hints(config: type) -> dict[str, Any]:
+    """The types of fields, those in quotes too; nothing where one of them is not known."""
+    try:
+        return get_type_hints(config)
+    except (NameError, TypeError):
+        return {}
 
 
 def _as_typed(default: Any) -> Any:
@@ -81,7 +89,8 @@ def field_comments(lines: list[str]) -> dict[str, str]:
         if not isinstance(item, ast.AnnAssign) or not isinstance(item.target, ast.Name):
             continue
         behind = comments.get(item.end_lineno or 0) or comments.get(item.lineno, "")
-        above, line = [], item.lineno - 1
+        above: list[str] = []
+        line = item.lineno - 1
         while line in alone:
             above, line = [comments[line], *above], line - 1
         doc = behind or " ".join(above)

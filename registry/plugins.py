@@ -10,6 +10,7 @@ loaded on that account: the user is asked to name them; for own runs, `zoo.runs.
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -36,6 +37,7 @@ class Plugin:
     error: str = ""  # empty: it loaded
     adds: list[str] = field(default_factory=list)  # kind/name of the components it brought
     place: str = ""  # of a file: where it lies
+    content: str = ""  # of a file: its SHA-256 when it was loaded
 
     @property
     def ok(self) -> bool:
@@ -140,10 +142,11 @@ def _is_file(name: str) -> bool:
 def _load(name: str, origin: str, point: EntryPoint | None = None, place: str = "") -> Plugin:
     key = f"{name}={point.value}" if point else name
     if (known := _plugins.get(key)) and (known.ok or origin == "installed"):
+        _note_change(known)
         return known
     if not point and _is_file(name):
         place = place or str(Path(name).expanduser().resolve())
-    plugin = _plugins[key] = Plugin(name, origin, place=place)
+    plugin = _plugins[key] = Plugin(name, origin, place=place, content=_content(place))
     before = _components()
     try:
         if point:
@@ -156,9 +159,28 @@ def _load(name: str, origin: str, point: EntryPoint | None = None, place: str = 
         raise
     except BaseException as error:  # a plugin may even call sys.exit: the rest must work
         first = (str(error).strip() or "no message").splitlines()[0]
-        plugin.error = f"{type(error).__name__}: {first}{_line_of(error)}{_nearby(name, error)}"
+        plugin.error = f"{type(error).__name__}: {first}{_line_of(error)}{_nearby(name, place, error)}"
     plugin.adds = sorted(_components() - before)
     return plugin
+
+
+def _content(place: str) -> str:
+    """Return the SHA-256 of a file, or nothing where there is none."""
+    try:
+        return sha256(Path(place).read_bytes()).hexdigest() if place else ""
+    except OSError:
+        return ""
+
+
+def _note_change(plugin: Plugin) -> None:
+    """Warn where a file is another than was loaded: models of this process, and runs, have the classes that it had."""
+    if plugin.ok and plugin.content and (now := _content(plugin.place)) and now != plugin.content:
+        plugin.content = now  # once for each change
+        warnings.warn(
+            f"The plugin {plugin.name!r} was changed since it was loaded, and this process goes on with what it "
+            "loaded: start another one (a notebook: restart the kernel).",
+            stacklevel=4,
+        )
 
 
 def _line_of(error: BaseException) -> str:
@@ -171,10 +193,15 @@ def _line_of(error: BaseException) -> str:
     return f" ({Path(lines[-1].filename).name}, line {lines[-1].lineno})" if lines else ""
 
 
-def _nearby(name: str, error: BaseException) -> str:
+def _nearby(name: str, place: str, error: BaseException) -> str:
     """Return how to name a module that is in the working folder, where the command `zoo` does not look for modules."""
     top = name.partition(".")[0]
-    if not isinstance(error, ModuleNotFoundError) or error.name != top:
+    if not isinstance(error, ModuleNotFoundError):
+        return ""
+    beside = Path(place).parent / str(error.name).partition(".")[0] if place else None
+    if beside is not None and (beside.is_dir() or beside.with_suffix(".py").is_file()):
+        return f". {beside.name!r} lies beside the file, where Python does not look: set PYTHONPATH={beside.parent}"
+    if error.name != top:
         return ""
     if Path(f"{top}.py").is_file():
         return f". A file is named by its path: ./{top}.py"

@@ -134,6 +134,16 @@ def test_a_pass_leaves_no_trace(forward, said):
     assert (found.word, said in found.given) == ("broken" if said else "ok", True), found
 
 
+@pytest.mark.parametrize("concurrent", [True, False])
+def test_what_threads_share_knows_nothing_of_a_pass(concurrent, tmp_path):
+    """An adapter that keeps the image of a pass has threads take turns, unless it states that it keeps none."""
+    mine = an_adapter()
+    mine.concurrent = concurrent
+    found = verdict("adapter", mine, "shared", tmp_path)
+    said = "a pass leaves adapter.mine.shift behind" if concurrent else "threads take turns on its account"
+    assert (found.word, found.given) == ("broken" if concurrent else "none", said)
+
+
 def test_what_a_pruner_leaves_behind_is_out_of_step():
     def forgets(self, image):
         known = dict.fromkeys(("cls_attention", "key_attention", "pooling_attention", "keys", "next_keys"))
@@ -200,7 +210,9 @@ def test_a_language_model_of_one_depth_with_spare_rows_is_right(tmp_path):
     assert verdict("llm", an_llm(rows=512), "saved", tmp_path).word == "ok"
 
 
-def test_an_adapter_that_keeps_the_last_image_is_found():
+def an_adapter() -> type:
+    """One that keeps the image of a pass, and takes no notice where the next has none."""
+
     class Mine(Adapter, nn.Module):
         needs = frozenset({"image"})
 
@@ -222,7 +234,11 @@ def test_an_adapter_that_keeps_the_last_image_is_found():
             if image is not None:
                 self.shift = (image.tokens.mean((0, 1)) @ self.weight).to(image.tokens)
 
-    assert "text behind a pass with images differs by" in verdict("adapter", Mine, "text alone").given
+    return Mine
+
+
+def test_an_adapter_that_keeps_the_last_image_is_found():
+    assert "text behind a pass with images differs by" in verdict("adapter", an_adapter(), "text alone").given
 
 
 def a_distiller(losses: Any) -> type:

@@ -78,7 +78,7 @@ def resumed(tmp_path, folder, *words):
     return Run(config(recipe(tmp_path, STAGES), f"resume={folder}", *words))
 
 
-def test_ones_own_run_goes_on_from_any_folder(tmp_path, monkeypatch, state):
+def test_ones_own_run_goes_on_from_any_folder(tmp_path, monkeypatch, state, capsys):
     place, folder = started(tmp_path, monkeypatch)
     assert yaml.safe_load(folder.config.read_text())["plugins"] == ["./mine.py"]
     (note,) = state.iterdir()
@@ -87,9 +87,13 @@ def test_ones_own_run_goes_on_from_any_folder(tmp_path, monkeypatch, state):
     elsewhere.mkdir()
     (elsewhere / "mine.py").write_text("raise SystemExit('another file of the same name')")
     monkeypatch.chdir(elsewhere)
+    (place / "mine.py").write_text(DATA + "# changed since\n")
+    capsys.readouterr()
     with resumed(tmp_path, folder.path) as run:
         run.train()
     assert (place / "mine.ran").exists() and run.is_trained
+    said = " ".join("".join(capsys.readouterr()).split())
+    assert "Since the run began: plugin ./mine.py: its file is another (hash " in said and "data mine" not in said
 
 
 def test_a_copied_run_asks(tmp_path, monkeypatch, state):

@@ -246,3 +246,22 @@ def test_a_missing_component_names_the_plugins_that_failed(found, capsys):
     said = capsys.readouterr().err
     assert "No pruner named 'from_bad'." in said
     assert "Plugins that failed to load: 'zoo-bad' (ImportError: no module named 'foo' (zoo_bad.py, line 1))." in said
+
+
+def test_a_neighbour_that_a_file_imports(tmp_path):
+    (tmp_path / "helping.py").write_text("x = 1")
+    (tmp_path / "mine.py").write_text("import helping")
+    (found,) = plugins.load([str(tmp_path / "mine.py")])
+    said = "No module named 'helping' (mine.py, line 1). 'helping' lies beside the file, where Python does not look"
+    assert found.error == f"ModuleNotFoundError: {said}: set PYTHONPATH={tmp_path}"
+
+
+def test_a_file_that_was_changed_since_is_named_once(tmp_path, recwarn):
+    """A notebook went on with the class that it had loaded, without a word."""
+    file = tmp_path / "mine.py"
+    file.write_text("x = 1")
+    for text, said in (("x = 1", 0), ("x = 2", 1), ("x = 2", 1)):
+        file.write_text(text)
+        plugins.load([str(file)])
+        assert len(recwarn) == said
+    assert "mine.py' was changed since it was loaded" in str(recwarn[0].message)

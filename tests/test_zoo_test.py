@@ -93,7 +93,10 @@ def test_what_the_part_itself_raises_has_its_line(tmp_path, capsys):
     assert f"BROKEN counts ZeroDivisionError: integer division or modulo by zero (raises.py, line {line})" in said
 
 
-@pytest.mark.parametrize("part", ["pruner/fastv", "layout/native", "pruner/fastervlm pruner.fastervlm.keep_ratio=0.5"])
+OWN = ["pruner/fastv", "layout/native", "vision/qwen_vision", "pruner/fastervlm pruner.fastervlm.keep_ratio=0.5"]
+
+
+@pytest.mark.parametrize("part", OWN)
 def test_parts_of_the_zoo_are_tried_at_a_tiny_size(part, capsys):
     assert main(["test", *part.split(), "--json"]) == 0, capsys.readouterr().out
     rules = {rule["rule"]: rule for rule in json.loads(capsys.readouterr().out)["parts"][0]["rules"]}

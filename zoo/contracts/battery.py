@@ -25,7 +25,7 @@ from zoo.contracts import (
 from zoo.contracts.case import Case
 from zoo.contracts.given import llm_node
 from zoo.contracts.rules import BrokenRuleError, NotForThisPart, Rule, Rules
-from zoo.contracts.trial import node_of
+from zoo.contracts.trial import members, node_of
 from zoo.registry import get
 
 ALONE: dict[str, tuple[type[Case], Rules]] = {
@@ -57,7 +57,8 @@ def usual_node(kind: str, name: str) -> dict[str, Any]:
     """The options that a part is tried with: its own defaults; of a component of the zoo, of tiny size."""
     if get(kind, name).cls.__module__.partition(".")[0] != "zoo":
         return {"name": name}
-    return llm_node() if kind == "llm" else node_of(kind, name)
+    of_family = (member for member in members(kind) if member.partition(" ")[0] == name)  # hf clip, say
+    return llm_node() if kind == "llm" else node_of(kind, next(of_family, name))
 
 
 def battery(kind: str, node: Mapping[str, Any], folder: Path) -> Iterator[Verdict]:

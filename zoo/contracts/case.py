@@ -97,18 +97,16 @@ def add_no_trace_rule(rules: Rules, call: Callable[[Any, Any], Any], given: Call
         part, image = case.build(), given(case)
         call(part, placed(image, lambda tensor: tensor.flip(0)))  # what is made once, positions say, is there now
         streams = _streams_begun()
-        before, attributes = [tensor.clone() for tensor in tensors_of(image)], _attributes(part)
+        before, attributes = [tensor.clone() for tensor in tensors_of(image)], attributes_of(part)
         call(part, image)
         after = tensors_of(image)
         expect(
-            _alike(after, before),
+            alike(after, before),
             "what it is given has other values behind a pass",
             "a change of a copy alone",
         )
-        now = _attributes(part)
-        changed = [n for n in {**attributes, **now} if not _alike(attributes.get(n), now.get(n))]
-        expect(not changed, f"a pass leaves {', '.join(changed[:3])} behind", "what a pass knows in local variables")
-        drawn = all(map(_alike, streams, _streams()))
+        expect_same(attributes, attributes_of(part))
+        drawn = all(map(alike, streams, _streams()))
         expect(drawn, "it moves or sets the seed of random numbers that others draw", "a generator of its own, if any")
         return "input, attributes, random numbers"
 
@@ -128,11 +126,17 @@ def _streams() -> list[Any]:
 _OF_MODULES = frozenset(vars(nn.Module()))
 
 
-def _attributes(part: nn.Module) -> dict[str, Any]:
+def attributes_of(part: nn.Module) -> dict[str, Any]:
     """What the modules of a part hold beside weights and hooks, by name; tensors and containers are copied."""
     modules = dict(part.named_modules())
     own = {f"{n}.{k}".lstrip("."): v for n, m in modules.items() for k, v in vars(m).items() if k not in _OF_MODULES}
     return {name: _copied(value) for name, value in {**own, **dict(part.named_buffers())}.items()}
+
+
+def expect_same(before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Break the rule where attributes of modules are others than before."""
+    changed = [name for name in {**before, **now} if not alike(before.get(name), now.get(name))]
+    expect(not changed, f"a pass leaves {', '.join(changed[:3])} behind", "what a pass knows in local variables")
 
 
 def _copied(value: Any) -> Any:
@@ -143,15 +147,16 @@ def _copied(value: Any) -> Any:
     return type(value)(map(_copied, value)) if type(value) in (list, tuple) else value
 
 
-def _alike(a: Any, b: Any) -> bool:
+def alike(a: Any, b: Any) -> bool:
+    """Whether two values are of one type and equal, to the bit."""
     if type(a) is not type(b):
         return False
     if isinstance(a, Tensor):
         return (a.shape, a.dtype) == (b.shape, b.dtype) and torch.equal(a, b)
     if isinstance(a, dict):
-        return a.keys() == b.keys() and all(_alike(a[key], b[key]) for key in a)
+        return a.keys() == b.keys() and all(alike(a[key], b[key]) for key in a)
     if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(_alike, a, b))
+        return len(a) == len(b) and all(map(alike, a, b))
     return a is b or bool(np.array_equal(a, b) if isinstance(a, np.ndarray) else a == b)
 
 

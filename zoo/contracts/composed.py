@@ -9,10 +9,11 @@ import numpy as np
 import torch
 
 from zoo.checking.plan import Plan
-from zoo.contracts.case import Case
+from zoo.contracts.case import Case, attributes_of, expect_same
 from zoo.contracts.rules import NotForThisPart, Rules, expect, expect_close
 from zoo.contracts.trial import PROMPT, Trial, refusal_of
 from zoo.registry import Dialog, Sample
+from zoo.registry.table import NAMED_CHILDREN
 
 RULES = Rules()
 INSIDE = Rules()  # of pruners: what they do inside the LLM
@@ -129,6 +130,25 @@ def two_pictures(case: ComposedCase) -> str:
     for i, row in enumerate(rows):
         expect_close(last([row])[0], both[i], f"the picture of {_SIZES[i][1]} x {_SIZES[i][0]} alone", 1e-4)
     return f"prompts of {lengths[0]} and {lengths[1]} tokens"
+
+
+@RULES.add("shared", "behind a pass its modules hold what they held: threads share them, unless it is not `concurrent`")
+@torch.no_grad()
+def shared(case: ComposedCase) -> str:
+    seen = case.reached("model")
+    model, processor = seen["model"].eval(), seen["processor"]
+    own = getattr(model, case.kind)[case.name] if case.kind in NAMED_CHILDREN else None
+    if own is not None and (case.kind == "adapter" or own.inside) and not own.concurrent:
+        raise NotForThisPart("threads take turns on its account")
+    before: dict[str, Any] = {}
+    for i, size in enumerate(_SIZES):
+        sample = _asked(size, i)
+        row = processor.encode_prompt(sample, sample.dialogs[0])
+        model(**{k: v for k, v in processor.collate([row]).items() if k in PROMPT})
+        if before:
+            expect_same(before, attributes_of(model))
+        before = attributes_of(model)
+    return f"{len(before)} attributes"
 
 
 @INSIDE.add("layers", "inside the LLM it keeps as many tokens in each layer as tokens_per_layer counts")

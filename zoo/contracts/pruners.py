@@ -21,8 +21,10 @@ from zoo.registry import ImageFeatures, Pruner, ZooError, build
 
 DIM, GRID, OTHER_GRID = 24, (4, 6), (3, 5)
 RULES = Rules()
-_IN_STEP = ("cls_attention", "key_attention", "pooling_attention", "keys", "next_attention", "next_keys")
-_IN_STEP += ("patch_embeds", "projected", "valid")
+_IN_STEP = (
+    "cls_attention", "key_attention", "pooling_attention", "keys", "next_attention", "next_keys", "patch_embeds",
+    "projected", "valid",
+)  # fmt: skip
 
 
 class PrunerCase(Case):

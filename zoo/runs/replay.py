@@ -8,7 +8,7 @@ losses of both are compared to the bit.
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,7 @@ def replayed(given: DictConfig) -> tuple[DictConfig, list[str]]:
     if wrong := [*_config(folder, noted), *_weights(cfg, noted), *_data(RunData(cfg.data, skip_broken=True), noted)]:
         lines = "\n".join(f"  {line}" for line in wrong[:LISTED])
         raise ZooError(f"This would be another run than {str(folder.path)!r}:\n{lines}")
-    return cfg, list(_machine(noted))
+    return cfg, [*_machine(noted), *_plugins(named, noted)]
 
 
 def data_facts(data: RunData) -> dict[str, Any]:
@@ -70,10 +70,23 @@ def adapters_of(cfg: DictConfig) -> dict[str, Any]:
     return {n: {"checkpoint": nodes[n].checkpoint, "fingerprint": fingerprint(places[n])} for n in nodes}
 
 
-def changes_since(folder: RunFolder, data: RunData) -> list[str]:
-    """Return what is different from what a run began with, and does not keep it from going on; lines for the user."""
+def plugin_hashes(named: Iterable[str]) -> dict[str, str]:
+    """Return what zoo.lock notes of plugins that are files: name -> SHA-256."""
+    places = {Path(name).name: place for name, place in plugins.named().items() if place}
+    found = {name: Path(places[Path(name).name]) for name in named if Path(name).name in places}
+    return {name: hashlib.sha256(place.read_bytes()).hexdigest() for name, place in found.items()}
+
+
+def changes_since(folder: RunFolder, data: RunData, named: Iterable[str] = ()) -> list[str]:
+    """Return what is different from what a run began with, and does not keep it from going on; lines for the user.
+
+    Args:
+        folder: of the run.
+        data: of the run.
+        named: its plugins.
+    """
     noted = read_object(folder.lock)
-    return [*_config(folder, noted), *_data(data, noted)]
+    return [*_config(folder, noted), *_data(data, noted), *_plugins(named, noted)]
 
 
 def config_hash(folder: RunFolder) -> str:
@@ -116,6 +129,13 @@ def _config(folder: RunFolder, noted: Mapping[str, Any]) -> Iterator[str]:
     if was and was != config_hash(folder):
         now = config_hash(folder)
         yield f"config: {folder.config.name} was changed since the run (hash {now[:12]}, was {str(was)[:12]})"
+
+
+def _plugins(named: Iterable[str], noted: Mapping[str, Any]) -> Iterator[str]:
+    was = noted.get("plugin_files") or {}
+    for name, now in plugin_hashes(named).items():
+        if was.get(name, now) != now:
+            yield f"plugin {name}: its file is another (hash {now[:12]}, was {str(was[name])[:12]})"
 
 
 def _weights(cfg: DictConfig, noted: Mapping[str, Any]) -> Iterator[str]:

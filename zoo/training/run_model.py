@@ -10,7 +10,7 @@ from zoo.loading.build import build
 from zoo.registry.foreign import read_object
 from zoo.runs import checkpoint
 from zoo.runs.processes import by_first
-from zoo.runs.replay import adapters_of, changes_since, config_hash, data_facts
+from zoo.runs.replay import adapters_of, changes_since, config_hash, data_facts, plugin_hashes
 from zoo.runs.resume import require_same_start
 from zoo.runs.sharding import gathers_short, shard
 from zoo.runs.tensor_parallel import require_divisible
@@ -41,7 +41,7 @@ def _make_tokenizer(run: Any, made: Path) -> None:
 def _note_start(run: Any, model: Any) -> None:
     if run.folder.lock.is_file():
         require_same_start(run.folder, model, facts_of(run, model) | {"adapters": adapters_of(run.cfg)})
-        for line in changes_since(run.folder, run.data):
+        for line in changes_since(run.folder, run.data, run.cfg.plugins):
             run.display.note(f"Since the run began: {line}.")
     else:
         run.folder.write_lock(**facts_of(run, model))
@@ -59,12 +59,13 @@ def facts_of(run: Any, model: Any) -> dict[str, Any]:
 
 
 def _begun(run: Any) -> dict[str, Any]:
-    """Return what the run found when it began: lengths and hashes of the data sets, and folders of adapters."""
+    """Return what the run found when it began: lengths and hashes of the data sets, adapters, files of plugins."""
     noted = read_object(run.folder.lock) if run.folder.lock.is_file() else None
     adapters = adapters_of(run.cfg) if noted is None else noted.get("adapters")
     data = (noted or {}).get("data")
     found = {"data": data if isinstance(data, dict) else data_facts(run.data)}
-    return found | ({"adapters": adapters} if adapters else {})
+    files = plugin_hashes(run.cfg.plugins) if noted is None else noted.get("plugin_files")
+    return found | ({"adapters": adapters} if adapters else {}) | ({"plugin_files": files} if files else {})
 
 
 def _build_model(run: Any, tokenizer: Path) -> tuple[Any, Any]:
