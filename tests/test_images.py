@@ -105,6 +105,8 @@ def test_a_depth_below_sixteen_bits_is_not_black(bits, tmp_path):
     infinite = stored.astype(np.float32)
     infinite[0, 0], want[0, 0] = np.inf, 255
     assert np.array_equal(np.asarray(open_image(Image.fromarray(infinite))), want)
+    signed = Image.fromarray(np.array([[-1024, 0, 3071]], np.int16))  # of a CT: air, water, bone
+    assert np.asarray(open_image(signed))[0, :, 0].tolist() == [0, 64, 255]
     dark = b"P5 2 1 4095\n" + np.array([0, 256], ">u2").tobytes()  # scaled by its own depth
     assert np.asarray(open_image(dark))[0, :, 0].tolist() == [0, 16]
 

@@ -50,7 +50,7 @@ def size_of(source: Any) -> tuple[int, int] | None:
     elif not isinstance(source, (str, Path)):
         return None
     try:
-        with warnings.catch_warnings(action="ignore"), Image.open(source, formats=FORMATS) as image:
+        with warnings.catch_warnings(action="ignore"), Image.open(source, formats=_formats()) as image:
             return image.height, image.width
     except (OSError, ValueError, Image.DecompressionBombError):
         return None
@@ -61,7 +61,8 @@ def open_image(source: Any, where: str = "", max_pixels: int | None = None) -> I
 
     Grey, palette and CMYK images become RGB; transparency is composed on white; of an animation the first frame is
     taken. Grey values of more than 8 bits are divided by the depth that holds the largest of them (8, 10, 12, 14 or 16
-    bits): scanners and depth cameras store 12 bits in 16. Files must be of one of `FORMATS`.
+    bits): scanners and depth cameras store 12 bits in 16. Signed ones begin at the lowest. Files must be of one of
+    `FORMATS`.
 
     Args:
         source: a path, a `data:` URL, encoded bytes, a binary file, a PIL image, an array or a tensor of uint8, (h, w),
@@ -279,6 +280,8 @@ def _in_bytes(image: Image.Image, clear: Any, opened: Any) -> Any:
 
     values = np.asarray(image).astype(np.float64)
     hidden = values == clear if isinstance(clear, int) else np.zeros(values.shape, dtype=bool)
+    if image.mode == "I":  # signed, as in CT
+        values = values - values[~hidden].min(initial=0)
     high = values[np.isfinite(values) & ~hidden].max(initial=0)
     if image.mode == "F" and high <= 1:
         values = values * 255
