@@ -109,6 +109,8 @@ def test_a_depth_below_sixteen_bits_is_not_black(bits, tmp_path):
     assert np.asarray(open_image(signed))[0, :, 0].tolist() == [0, 64, 255]
     dark = b"P5 2 1 4095\n" + np.array([0, 256], ">u2").tobytes()  # scaled by its own depth
     assert np.asarray(open_image(dark))[0, :, 0].tolist() == [0, 16]
+    depth = b"P5 16 16 65535\n" + stored.astype(">u2").tobytes()  # as OpenCV writes any depth
+    assert np.array_equal(np.asarray(open_image(depth))[1:], want[1:])
 
 
 def test_what_is_transparent_lies_on_white():

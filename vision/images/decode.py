@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 MAX_PIXELS = 1024 * 1024 * 1024 // 4 // 3
 # Formats that are opened, by a file's first bytes; others of Pillow are documents and drawings (EPS runs Ghostscript).
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
-FULL = ("PPM", "JPEG2000")  # whose decoders scale a smaller depth to 16 bits
+FULL = ("PPM", "JPEG2000")  # whose decoders scale a smaller depth to 16 bits, but for a PPM that states 16
 DEPTHS = (8, 10, 12, 14, 16)  # bits of a grey value, as devices give them
 _PHOTOMETRIC = 262  # tag of a TIFF
 TEXT = 1 << 20  # largest text chunk of a PNG, in bytes, that is read for the orientation
@@ -170,7 +170,8 @@ def _decoded(file: Any, where: str, max_pixels: int) -> Image.Image:
         image = Image.open(file, formats=_formats())
     with image:
         _check_size(image.size, where, max_pixels)
-        return _to_rgb(_upright(image), image)
+        as_stored = bool(image.tile) and image.tile[0][0] == "raw"  # until it is loaded
+        return _to_rgb(_upright(image), image, as_stored)
 
 
 def _png_pixels(file: Any) -> io.BytesIO:
@@ -255,8 +256,14 @@ def _of_array(array: Any, where: str) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(array))
 
 
-def _to_rgb(image: Image.Image, opened: Any) -> Image.Image:
-    """Convert to RGB; `opened`: the same as it was opened, with the format of its file."""
+def _to_rgb(image: Image.Image, opened: Any, as_stored: bool = False) -> Image.Image:
+    """Convert to RGB.
+
+    Args:
+        image: upright.
+        opened: the same as it was opened, with the format of its file.
+        as_stored: the decoder scales no values.
+    """
     from PIL import Image
 
     clear = image.info.get("transparency")
@@ -264,7 +271,7 @@ def _to_rgb(image: Image.Image, opened: Any) -> Image.Image:
         image, clear = image.copy(), None
         del image.info["transparency"]
     if image.mode.startswith("I;16") or image.mode in {"I", "F"}:
-        return Image.fromarray(_in_bytes(image, clear, opened)).convert("RGB")
+        return Image.fromarray(_in_bytes(image, clear, opened, as_stored)).convert("RGB")
     if image.mode in {"RGBA", "LA", "PA", "RGBa", "La"} or clear is not None:
         image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
         ground = Image.new("RGBA", image.size, (255, 255, 255, 255))
@@ -274,7 +281,7 @@ def _to_rgb(image: Image.Image, opened: Any) -> Image.Image:
     return image.convert("RGB") if image.mode != "RGB" else image.copy()
 
 
-def _in_bytes(image: Image.Image, clear: Any, opened: Any) -> Any:
+def _in_bytes(image: Image.Image, clear: Any, opened: Any, as_stored: bool) -> Any:
     """Scale grey values of any depth to bytes, (h, w); transparent ones are white."""
     import numpy as np
 
@@ -286,7 +293,8 @@ def _in_bytes(image: Image.Image, clear: Any, opened: Any) -> Any:
     if image.mode == "F" and high <= 1:
         values = values * 255
     else:  # Pillow would clip at 255, to a white image
-        bits = next((b for b in DEPTHS if high < 1 << b), math.frexp(high)[1]) if opened.format not in FULL else 16
+        full = opened.format in FULL and not as_stored
+        bits = 16 if full else next((b for b in DEPTHS if high < 1 << b), math.frexp(high)[1])
         if opened.format == "TIFF" and opened.tag_v2.get(_PHOTOMETRIC) == 0:  # 0 is white, as in some X-rays
             values = 2.0**bits - 1 - values  # Pillow does so with 8 bits
         values = values / 2.0 ** (bits - 8)
