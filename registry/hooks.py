@@ -62,6 +62,18 @@ def base_of(kind: str, cls: type) -> type[Part]:
     return BASES[kind]
 
 
+def asked_of(cls: type) -> dict[str, inspect.Parameter]:
+    """Return the arguments of a class; where `__init__` hands on `**kwargs`, those of the class behind it as well."""
+    asked = dict(inspect.signature(cls).parameters)
+    for base in [c for c in cls.__mro__ if "__init__" in vars(c)]:
+        found = dict(list(inspect.signature(vars(base)["__init__"]).parameters.items())[1:])
+        if base.__module__.partition(".")[0] != "torch":
+            asked |= {name: parameter for name, parameter in found.items() if name not in asked}
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in found.values()):
+            break
+    return asked
+
+
 @cache
 def hooks_of(base: type[Part]) -> dict[str, Any]:
     """Return the public members of a base: name -> its default, or `_REQUIRED`."""

@@ -18,7 +18,7 @@ from typing import Any, TypeVar, get_type_hints
 
 from zoo.registry.conversion import converted, made, require_schema, unnamed_of
 from zoo.registry.errors import ZooError, unknown, unknown_kind, unknown_option, wrong_value
-from zoo.registry.hooks import class_value, require_component, whole
+from zoo.registry.hooks import asked_of, class_value, require_component, whole
 from zoo.registry.options import Option, options_of
 from zoo.registry.packages import licence_of, package_of
 from zoo.registry.presets import PRESET, Preset, require_presets, written_out
@@ -236,8 +236,14 @@ def get(kind: str, name: str) -> Entry:
     if name not in _entries[kind] and (module := _declared[kind].get(name)):
         try:
             import_module(module)
-        except ImportError as error:
-            raise ZooError(f"{kind} {name!r} cannot be imported from {module}: {error}") from error
+        except ZooError:
+            raise
+        except Exception as error:  # of any kind: it may be a plugin's
+            reason = str(error) if isinstance(error, ImportError) else f"{type(error).__name__}: {error}"
+            raise ZooError(f"{kind} {name!r} cannot be imported from {module}: {reason}") from error
+        if name not in _entries[kind]:
+            there = [n for n, e in _entries[kind].items() if e.cls.__module__ == module]
+            raise unknown(f"{kind} in {module}, where it is declared to be,", name, there)
     if name not in _entries[kind]:
         raise unknown(kind, name, [*names(kind), *parts_of(kind)])
     return _entries[kind][name]
@@ -322,7 +328,7 @@ def build(kind: str, node: Mapping[str, Any], **derived: Any) -> Any:
     """
     entry, typed = config_of(kind, node)
     config = unnamed_of(typed, entry.config)
-    accepted = inspect.signature(entry.cls).parameters
+    accepted = asked_of(entry.cls)
     named = {k: v for k, v in derived.items() if k in accepted}
     for wanted in list(accepted.values())[1:]:
         of_name = wanted.kind in (wanted.POSITIONAL_OR_KEYWORD, wanted.KEYWORD_ONLY)

@@ -294,6 +294,25 @@ def test_a_stream_begins_where_it_is_asked_to(begins):
     )
 
 
+def test_a_split_for_evaluation_is_looked_at_before_a_run_ends():
+    class Mine(registry.Dataset):
+        def __init__(self, config: Config) -> None:
+            self.size = 2
+
+        def __len__(self):
+            return self.size
+
+        def get(self, index, epoch=0):
+            raise IndexError(index)
+
+        def eval_split(self):
+            other = Mine(Config())
+            other.size = 0
+            return other
+
+    assert verdict("dataset", Mine, "splits").given == "its eval_split has no samples"
+
+
 def test_content_that_is_no_list_of_parts_is_named():
     class Mine(registry.Dataset):
         def __init__(self, config: Config) -> None: ...

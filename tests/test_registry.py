@@ -263,6 +263,29 @@ def test_a_component_whose_module_cannot_be_imported(table):
         registry.get("pruner", "lost")
 
 
+def test_a_module_that_raises_or_lacks_what_it_declares(table, tmp_path, monkeypatch):
+    (tmp_path / "own_module_raises.py").write_text("x = undefined")
+    (tmp_path / "own_module_lacks.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("raises", "lacks"):
+        registry.declare("pruner", name, f"own_module_{name}")
+    with pytest.raises(ZooError, match=r"cannot be imported from own_module_raises: NameError: name 'undefined'"):
+        registry.get("pruner", "raises")
+    with pytest.raises(ZooError, match=r"No pruner in own_module_lacks, where it is declared to be, named 'lacks'"):
+        registry.get("pruner", "lacks")
+
+
+def test_a_class_that_hands_on_keywords_gets_what_the_one_behind_it_asks_for(table):
+    """It was built with the defaults of these, as if there were no grid."""
+
+    class Behind(Tiny):
+        def __init__(self, config: TinyConfig, **kwargs: Any) -> None:
+            super().__init__(config, **kwargs)
+
+    registry.register("pruner", "behind")(Behind)
+    assert registry.build("pruner", {"name": "behind", "must": "x"}, vision_dim=7, grid=(2, 2)).vision_dim == 7
+
+
 def test_every_component_says_what_it_is():
     for entry in registry.entries():
         where = f"{entry.kind}/{entry.name}"

@@ -9,6 +9,7 @@ from typing import Any
 from zoo.contracts.case import Case, add_options_rule
 from zoo.contracts.rules import NotForThisPart, Rules, expect
 from zoo.registry import Dataset, RecordError, Sample, StreamingDataset, build, names
+from zoo.registry.hooks import whole
 from zoo.vision.images.decode import open_image
 
 RULES = Rules()
@@ -139,13 +140,19 @@ def workers(case: DatasetCase) -> str:
     return "pickled"
 
 
-@RULES.add("splits", "train_split, if it has one, is a data set with samples")
+@RULES.add("splits", "train_split and eval_split, if it has them, are data sets with samples")
 def splits(case: DatasetCase) -> str:
-    train = case.build().train_split()
-    if train is None:
-        raise NotForThisPart("it has no train_split")
-    expect(len(train) > 0 and shown(train.get(0)), f"its train_split has {len(train)} samples", "one or more")
-    return f"{len(train)} samples"
+    data = build("dataset", case.node)
+    there = {"train_split": data.train_split(), "eval_split": data.eval_split()}
+    found = {name: split for name, split in there.items() if split is not None}
+    if not found:
+        raise NotForThisPart("it has neither")
+    for name, split in found.items():
+        split = whole("dataset", split, name)
+        first = next(iter(split.stream()), None) if split.is_stream else split.get(0) if len(split) else None
+        expect(first is not None, f"its {name} has no samples", "one or more")
+        _look_at([first])
+    return ", ".join(found)
 
 
 add_options_rule(RULES)
