@@ -91,9 +91,11 @@ def require_component(kind: str, name: str, cls: type) -> None:
         ZooError: with file and line, what is needed, and the nearest name.
     """
     base = base_of(kind, cls)
-    hooks = hooks_of(base)
     _require_base(kind, name, cls)
-    own = {n: v for c in _own_classes(cls) for n, v in vars(c).items() if not n.startswith("_")}
+    mine = _own_classes(cls)
+    own = {n: v for c in mine for n, v in vars(c).items() if not n.startswith("_")}
+    ours = [c for c in reversed(cls.__mro__) if c not in mine and c.__module__.partition(".")[0] == "zoo"]
+    hooks = {n: v for c in ours for n, v in vars(c).items() if not n.startswith("_")} | hooks_of(base)
     for attribute, value in own.items():
         if attribute in hooks:
             continue

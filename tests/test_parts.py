@@ -174,6 +174,15 @@ def test_a_misspelt_hook_is_refused_with_the_nearest_name(kind, member, value, n
     assert "mine" not in registry.names(kind)
 
 
+def test_a_misspelt_method_of_the_zoos_class_behind_it_is_refused():
+    """Python would run that of the class behind it."""
+    behind = registry.get("pruner", "divprune").cls
+    found = {"__module__": __name__, "chose": lambda self, image, k: image}
+    with pytest.raises(ZooError, match=r"Mine.chose \(.* looks like a misspelt hook. Did you mean 'choose'\?"):
+        registry.register("pruner", "mine")(type("Mine", (behind,), found))
+    registry.register("pruner", "mine")(type("Mine", (behind,), {"__module__": __name__, "choose": found["chose"]}))
+
+
 def test_what_is_the_classes_own_is_let_be():
     """A name near to a hook that the class has, or with an underscore; and a value near to a method."""
     own = {"attached": lambda self: True, "_aux_loss": lambda self: 0, "conditions": 3, "usage": lambda self: {}}

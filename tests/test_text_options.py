@@ -176,6 +176,7 @@ def test_a_saved_run_keeps_what_was_typed(tmp_path):
     ("annotation", "inside", "optional"),
     [
         ("str", False, False), ("str | None", False, True), ("None | str", False, True), ("Optional[str]", False, True),
+        ("Path", False, False),
         ("typing.Optional[str]", False, True), ("list[str]", True, False), ("List[str] | None", True, True),
         ("dict[str, str]", True, False), ("dict[str, list[str]]", True, False), ("tuple[str, ...]", True, False),
     ],

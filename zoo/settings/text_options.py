@@ -169,7 +169,7 @@ def text_of(annotation: str) -> Text | None:
     kinds = plain.split("|")
     if "None" in kinds:
         kinds, optional = [k for k in kinds if k != "None"], True
-    if kinds == ["str"]:
+    if kinds in (["str"], ["Path"]):
         return Text(optional=optional)
     return Text(inside=True, optional=optional) if CONTAINER.fullmatch("|".join(kinds)) else None
 
