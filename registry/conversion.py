@@ -6,6 +6,7 @@ of their fields are taken as they are; what OmegaConf makes of others is cached 
 
 import types
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import MISSING as NO_DEFAULT
 from dataclasses import Field, fields, is_dataclass
 from enum import Enum
@@ -46,8 +47,9 @@ def made(schema: type, plain: Mapping[str, Any]) -> Any:
     Raises: as `converted`; and what the dataclass itself raises.
     """
     values = converted(schema, plain)
-    if _is_plain(values) and not _nested(schema):
-        return schema(**{name: _as_hinted(value, _hints(schema)[name]) for name, value in values.items()})
+    if _is_plain(values):
+        with suppress(LookupError):
+            return _as_hinted(values, schema)
     from omegaconf import OmegaConf
 
     return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), plain))
@@ -115,7 +117,11 @@ def plain_values(value: Any) -> Any:
 
 
 def _as_hinted(value: Any, hint: Any) -> Any:
-    """Make of a plain value what its type states: tuples of lists, members of enums of names, paths of texts."""
+    """Make of a plain value what its type states: dataclasses, tuples of lists, members of enums, paths of texts.
+
+    Raises:
+        LookupError: a dataclass has other fields than its type, as where the default is one that derives from it.
+    """
     origin, inner = get_origin(hint), [one for one in get_args(hint) if one is not type(None)]
     if value is None:
         return None
@@ -130,6 +136,11 @@ def _as_hinted(value: Any, hint: Any) -> Any:
         return {_as_hinted(key, inner[0]): _as_hinted(item, inner[1]) for key, item in value.items()}
     if hint is tuple:
         return tuple(value)
+    if is_dataclass(hint):
+        hints = _hints(hint)  # type: ignore[arg-type]
+        if value.keys() != hints.keys() or "???" in value.values():
+            raise LookupError(hint)
+        return hint(**{name: _as_hinted(item, hints[name]) for name, item in value.items()})  # type: ignore[operator]
     if not isinstance(hint, type) or not issubclass(hint, (Enum, Path)):
         return value
     return hint[value] if issubclass(hint, Enum) else hint(value)
@@ -218,18 +229,6 @@ def _is_final(value: Any) -> bool:
 def _hints(schema: type) -> dict[str, Any]:
     names = {f.name for f in fields(schema)}
     return {name: hint for name, hint in get_type_hints(schema).items() if name in names}
-
-
-@lru_cache(maxsize=512)
-def _nested(schema: type) -> bool:
-    """Whether a field of a dataclass, or what it holds, is a dataclass itself."""
-    rest: list[Any] = list(get_type_hints(schema).values())
-    while rest:
-        hint = rest.pop()
-        if isinstance(hint, type) and is_dataclass(hint):
-            return True
-        rest += get_args(hint)
-    return False
 
 
 def _is_plain(value: Any) -> bool:

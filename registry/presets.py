@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 from zoo.registry.errors import ZooError, unknown, unknown_option
@@ -26,6 +27,8 @@ def shown(value: Any) -> str:
     """Write the value of an option as on the command line."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, Enum):
+        return value.name
     if isinstance(value, (list, tuple)):
         return f"[{','.join(map(shown, value))}]"
     return str(value)
