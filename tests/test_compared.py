@@ -92,8 +92,10 @@ def test_models_are_scored_on_the_same_words_and_compared(tmp_path, monkeypatch,
         asked.append(words)
         return EvalResult([], rows([len(asked) == 2] * 4))
 
-    found = compare_command.main(["limit=4", "model=[scenes_tiny,hub:a/y]", f"run.dir={tmp_path}", "--json"], run)
-    assert [words[:2] for words in asked] == [["model=scenes_tiny", "limit=4"], ["model=hub:a/y", "limit=4"]]
+    own, words = ["limit=4", "~data.scenes.questions"], ["model=[scenes_tiny,hub:a/y]", f"run.dir={tmp_path}", "--json"]
+    assert compare_command.names_two([*own, *words]) and not compare_command.names_two(["model=scenes_tiny", *own])
+    found = compare_command.main([*own, *words], run)
+    assert [words[:3] for words in asked] == [["model=scenes_tiny", *own], ["model=hub:a/y", *own]]
     assert all(any(word.startswith("run.folder=") for word in words) for words in asked)
     assert found.names == ("scenes_tiny", "hub:a/y") and len(found.flips) == 4 and found.flips[0].better == "second"
     assert "100.0" in capsys.readouterr().out

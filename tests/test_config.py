@@ -257,6 +257,13 @@ def test_what_is_refused(overrides, message, conf):
     assert message in refused(*overrides, conf=conf)
 
 
+def test_a_question_of_a_data_set_can_be_left_out():
+    words = ["model=scenes_tiny", "data=[emoji]"]
+    whole, less = (compose("eval", [*words, *more]) for more in ([], ["~data.emoji.questions.name"]))
+    assert set(whole.data.emoji.questions) - set(less.data.emoji.questions) == {"name"}
+    assert "'data.emoji.questions.nam' does not exist" in refused(*words, "~data.emoji.questions.nam", command="eval")
+
+
 def test_mistakes_inside_a_preset_name_the_preset(conf):
     bad = {
         "model/typo.yaml": "# @package _global_\ndefaults: [base]\nprojector: {dept: 3}\n",

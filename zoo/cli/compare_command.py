@@ -9,7 +9,7 @@ from typing import Any
 from zoo.cli import launch
 from zoo.registry import ZooError
 from zoo.settings import model_names
-from zoo.text.command_line import Parser
+from zoo.text.command_line import REMOVAL, Parser
 
 FLIPS = 5  # printed of each direction
 
@@ -18,7 +18,8 @@ def names_two(words: Sequence[str]) -> bool:
     """Return whether the words behind `zoo eval` name two models, or folders of evaluations."""
     valued = {"--flips", *launch.parser_of("eval", "").valued}
     named = [word for before, word in zip(["", *words], words, strict=False) if before not in valued]
-    return any(word.startswith("model=[") or not ("=" in word or word.startswith("-")) for word in named)
+    options = [word for word in named if "=" in word or word.startswith("-") or REMOVAL.fullmatch(word)]
+    return len(options) < len(named) or any(word.startswith("model=[") for word in options)
 
 
 def main(words: Sequence[str], evaluate: Any) -> Any:
@@ -43,7 +44,7 @@ def main(words: Sequence[str], evaluate: Any) -> Any:
 
     names = _models(next(word for word in args.options if word.startswith("model=[")))
     rest = [word for word in args.options if not word.startswith("model=[")]
-    given = dict(word.split("=", 1) for word in rest)
+    given = dict(word.split("=", 1) for word in rest if "=" in word)
     for name in names:  # the second one, too, before the first is scored
         model_names.require(name, given, args.config_dir)
     root = given.get("run.folder") or str(

@@ -29,6 +29,7 @@ _OPEN = re.compile(r"stages\.\w+\.(data|loss_weights|lr_scale)\.")  # dicts of a
 _OPEN_WHOLE = re.compile(_OPEN.pattern.removesuffix(r"\."))
 _TEACHING = re.compile(r"stages\.(\w+)\.(distiller|teacher)(?=\.|$)")  # untyped nodes of a stage
 _STAGE = re.compile(r"stages\.(\w+)(?:\.|$)")
+_QUESTION = re.compile(r"data\.[\w-]+\.questions\.[\w-]+")  # that a table asks, or not
 
 
 def prepare(command: str, overrides: Sequence[str], config_dir: str | Path | None = None) -> list[str]:
@@ -148,7 +149,8 @@ def check(override: Any, config_dir: str | Path | None) -> None:
         return
     if override.package is not None:
         raise ZooError(f"{override.input_line!r}: '@' is for files. Write {key}=<name>.")
-    if (override.is_add() or override.is_force_add() or override.is_delete()) and not _STAGE.match(key):
+    may = _STAGE.match(key) or (override.is_delete() and _QUESTION.fullmatch(key))
+    if (override.is_add() or override.is_force_add() or override.is_delete()) and not may:
         off = f"Write {key}={'[]' if key in SEVERAL else 'null'}" if key in SLOTS else "Without one, its default holds"
         instead = off if override.is_delete() else f"Write {override.input_line.lstrip('+')}"
         raise ZooError(f"{override.input_line!r}: options cannot be added or removed. {instead}.")

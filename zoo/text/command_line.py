@@ -14,6 +14,7 @@ from zoo.text.terminal import columns, width, wrapped
 JSON = "print one JSON object on stdout, and nothing else there"
 HELP = ("-h", "--help", "help")
 _OPTION = re.compile(r"[+~]*((?:hydra/)?[A-Za-z_][\w.-]*)=(.*)", re.DOTALL)  # dir:runs/lr=1 is a folder
+REMOVAL = re.compile(r"~[A-Za-z_][\w.-]*")  # ~data.emoji.questions.name; ~/runs is a folder
 _KINDS = {"int": "a whole number", "float": "a number"}
 _SWITCHES = {"true": True, "yes": True, "1": True, "on": True, "false": False, "no": False, "0": False, "off": False}
 
@@ -121,6 +122,8 @@ class Parser(argparse.ArgumentParser):
                 self._flag(word, left, found)
             elif option is not None:
                 self._option(word, option[1], option[2], found)
+            elif self._takes_options and REMOVAL.fullmatch(word):
+                found.options.append(word)
             else:
                 found.names.append(word)
         return found
