@@ -9,6 +9,7 @@ import torch
 
 from zoo.registry import Dataset, Dialog, Sample, Score, ZooError, build
 from zoo.runs.data import RunData
+from zoo.runs.scored import chosen
 
 
 @dataclass(frozen=True)
@@ -64,21 +65,21 @@ class Draws:
         return {kind: Ability.of(scores) for kind, scores in self.found.items()}
 
 
-class Window(Dataset):
-    """Some successive samples of a data set."""
+class Some(Dataset):
+    """Some samples of a data set."""
 
-    def __init__(self, whole: Any, start: int, count: int) -> None:
-        self.whole, self.start, self.count = whole, start, count
+    def __init__(self, whole: Any, places: Sequence[int]) -> None:
+        self.whole, self.places = whole, places
 
     def __len__(self) -> int:
-        return self.count
+        return len(self.places)
 
     def get(self, index: int, epoch: int = 0) -> Sample:
-        sample: Sample = self.whole.get(self.start + index, epoch)
+        sample: Sample = self.whole.get(self.places[index], epoch)
         return sample
 
     def place(self, index: int) -> str:
-        return str(self.whole.place(self.start + index))
+        return str(self.whole.place(self.places[index]))
 
     def train_split(self) -> Any:
         return self.whole.train_split()
@@ -114,7 +115,7 @@ def scores(
     """
     from zoo.evaluation.evaluate import evaluate
 
-    datasets = {name: _window(name, whole, draw * limit, limit) for name, whole in evaluated(config).items()}
+    datasets = {name: drawn(name, whole, draw * limit, limit) for name, whole in evaluated(config).items()}
     tasks = {str(name): build("task", node) for name, node in config.task.items()}
     result = evaluate(model, processor, datasets, tasks, limit=limit, baselines=baselines)
     found: dict[str, dict[str, Score]] = {}
@@ -128,7 +129,8 @@ def scores(
     return found
 
 
-def _window(name: str, whole: Any, start: int, count: int) -> Any:
+def drawn(name: str, whole: Any, start: int, count: int) -> Any:
+    """Return `count` samples of a data set, behind the first `start` of the order in which a limit draws them."""
     if whole.is_stream or (start == 0 and count >= len(whole)):
         return whole
     if start + count > len(whole):
@@ -136,7 +138,8 @@ def _window(name: str, whole: Any, start: int, count: int) -> Any:
             f"data {name!r} has {len(whole)} samples, {start + count} are needed for {start // count + 1} draws of "
             f"{count}: lower seeds or limit."
         )
-    return Window(whole, start, count)
+    before, upto = (set(chosen(name, whole, number)) for number in (start, start + count))
+    return Some(whole, sorted(upto - before))
 
 
 # ---- batches -------------------------------------------------------------------------------------------------------

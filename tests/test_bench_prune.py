@@ -8,7 +8,7 @@ import torch
 
 from tests.fusion_builders import tiny_llm
 from zoo.benches import prune
-from zoo.benches.abilities import Ability, Window, mean_of
+from zoo.benches.abilities import Ability, drawn, mean_of
 from zoo.benches.costs import DecoderSizes, matmul_flops
 from zoo.benches.flops import count_flops
 from zoo.benches.measure import Clock, Times, Turns, Value
@@ -18,7 +18,7 @@ from zoo.benches.prune_card import Point, Summary
 from zoo.benches.prune_words import where_counts_differ, where_it_pays, who_wins
 from zoo.benches.tables import Table
 from zoo.cli.bench import describe, main, parse
-from zoo.registry import Score, ZooError
+from zoo.registry import Dataset, Sample, Score, ZooError
 
 TINY = [
     "model=tiny",
@@ -147,9 +147,11 @@ def test_models_share_their_weights_and_differ_in_the_pruner():
 
 
 def test_draws_are_of_different_samples_and_errors_are_never_none():
-    whole = list(range(10))
-    windows = [[Window(_Numbers(whole), 3 * d, 3).get(i) for i in range(3)] for d in (0, 1)]
-    assert windows == [[0, 1, 2], [3, 4, 5]]
+    several = [drawn("a", _Numbers(), 3 * d, 3) for d in range(3)]
+    ids = [some.get(i).id for some in several for i in range(len(some))]
+    assert len(set(ids)) == len(ids) == 9, "no sample is in two draws"
+    with pytest.raises(ZooError, match="has 10 samples, 12 are needed for 4 draws"):
+        drawn("a", _Numbers(), 9, 3)
     ability = Ability.of([Score(1.0, 20, 0.0), Score(1.0, 20, 0.0)])
     assert ability.mean == 100 and 2 < ability.stderr < 5
     apart = Ability.of([Score(0.2, 1000, 0.01), Score(0.8, 1000, 0.01)])
@@ -157,9 +159,12 @@ def test_draws_are_of_different_samples_and_errors_are_never_none():
     assert mean_of({"a": ability, "b": apart}).mean == pytest.approx(75)
 
 
-class _Numbers(list):
+class _Numbers(Dataset):
+    def __len__(self):
+        return 10
+
     def get(self, index, epoch=0):
-        return self[index]
+        return Sample(str(index), [], [])
 
 
 def test_words_say_who_wins_and_who_loses_to_a_control():

@@ -64,6 +64,7 @@ def grid(case: PrunerCase) -> str:
         expect(out.grid is None, f"it destroys 'grid' and gives the grid {out.grid}", "grid=None")
         return "none is left"
     expect(out.grid is not None, "it gives no grid, and does not destroy 'grid'", "'grid' among `destroys`")
+    assert out.grid is not None
     expect(out.grid[0] * out.grid[1] == k, f"{k} tokens with the grid {out.grid}", "h * w tokens, or destroys 'grid'")
     own = tuple(pruner.grid or GRID)
     expect(own == tuple(out.grid), f"`grid` is {own} and that of its output {out.grid}", "the same")
@@ -131,7 +132,8 @@ def alone(case: PrunerCase) -> str:
         one = run(pruner, image_row(image, i))
         expect_close(one.tokens, out.tokens[i : i + 1], f"image {i} alone", 1e-6)
         if out.keep is not None:
-            expect(torch.equal(one.keep, out.keep[i : i + 1]), f"image {i} alone keeps other tokens", "the same")
+            same = one.keep is not None and torch.equal(one.keep, out.keep[i : i + 1])
+            expect(same, f"image {i} alone keeps other tokens", "the same")
     return "3 images"
 
 
