@@ -74,6 +74,10 @@ def with_revision(checkpoint: str, revision: str) -> str:
     return f"{checkpoint}@{require_revision(revision)}"
 
 
+class UnreachedError(ZooError):
+    """A file is not in the cache, and without the hub it is not known whether its repository has one."""
+
+
 def fetch(checkpoint: str, name: str, optional: bool = False) -> Path | None:
     """Return the path of one file of a checkpoint; a hub name (`org/name@revision`) is downloaded on first use.
 
@@ -101,7 +105,7 @@ def fetch(checkpoint: str, name: str, optional: bool = False) -> Path | None:
     try:
         return Path(hf_hub_download(repository, name, revision=revision or None))
     except LocalEntryNotFoundError as error:  # a subclass of EntryNotFoundError, so caught first
-        raise ZooError(
+        raise UnreachedError(
             f"{name} of {checkpoint!r} is not in the cache, and the hub cannot be reached: {error}"
         ) from error
     except EntryNotFoundError as error:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from zoo.registry import ZooError
-from zoo.vision.encoders.checkpoints import read_beside, read_json
+from zoo.vision.encoders.checkpoints import UnreachedError, read_json
 from zoo.vision.images.processors import RESAMPLES, class_named
 
 _WARPED = 384  # `shortest_edge` from which ConvNextImageProcessor squashes images, as their authors evaluated them
@@ -44,8 +44,10 @@ def stated_pixels(source: str) -> StatedPixels:
     Raises:
         ZooError: a file cannot be read, or has values that no image processor of transformers takes.
     """
-    # Offline nothing tells whether a repository has a file that is not in the cache: another one that is may do.
-    newer = read_beside(source, "processor_config.json", reach=False).get("image_processor")
+    try:
+        newer = read_json(source, "processor_config.json", optional=True).get("image_processor")
+    except UnreachedError:  # the older file may be in the cache
+        newer = None
     stated = newer or read_json(source, "preprocessor_config.json", optional=True)
     if not isinstance(stated, Mapping):
         raise ZooError(f"The image processor of {source!r} is stated as {stated!r:.80}, where an object is needed.")
