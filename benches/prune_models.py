@@ -153,7 +153,7 @@ class Variant:
 
     @property
     def sizes(self) -> DecoderSizes:
-        return DecoderSizes.of(self.model.llm.lm.config.get_text_config(), self.model.llm.layers[0])
+        return DecoderSizes.of(self.model.llm.lm.config.get_text_config(), self.model.llm.layers)
 
 
 def _encoded(model: ZooModel, pixels: Tensor, need: frozenset[str]) -> ImageFeatures:

@@ -127,10 +127,11 @@ def test_a_preset_is_measured_as_its_options():
     assert prune.run(options).cards["fastervlm"].layers == [29] * 6
 
 
-@pytest.mark.parametrize("model_type", ["llama", "starcoder2", "phi3", "gpt2", "mixtral", "qwen2_moe"])
+@pytest.mark.parametrize("model_type", ["llama", "starcoder2", "phi3", "gpt2", "mixtral", "qwen2_moe", "ernie4_5_moe"])
 def test_closed_form_holds_for_any_feed_forward_layer(model_type):
-    llm = tiny_llm(model_type)
-    sizes = DecoderSizes.of(llm.lm.config, llm.layers[0])
+    experts = {"num_experts": 4, "top_k": 2} if model_type == "ernie4_5_moe" else {}  # behind a first layer without
+    llm = tiny_llm(model_type, **experts)
+    sizes = DecoderSizes.of(llm.lm.config, llm.layers)
     ids = torch.randint(8, 90, (1, 40))
     counted = count_flops(lambda: llm.lm(input_ids=ids, use_cache=False, logits_to_keep=1))
     assert counted == pytest.approx(matmul_flops(sizes, [40, 40], head_rows=1), rel=0.01)

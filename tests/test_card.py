@@ -156,3 +156,13 @@ def test_a_language_model_with_states_has_a_card(make_model):
     for family, counted in (("falcon_h1", False), ("llama", True)):
         model, _ = make_model(llm={**tiny_slots()["llm"], "model_type": family})
         assert any("prefill of an image" in row for row in _cost_rows(model, summary_of(model))) == counted
+
+
+@pytest.mark.parametrize(("adapter", "left_out"), [("lora", ""), ("upcycle", ", without adapter upcycle")])
+def test_costs_name_an_adapter_whose_experts_they_leave_out(make_model, adapter, left_out):
+    from zoo.composed.card import _cost_rows
+    from zoo.composed.summary import summary_of
+
+    model, _ = make_model(adapter={adapter: {"name": adapter}})
+    rows = _cost_rows(model, summary_of(model))
+    assert any(row.startswith(f"| prefill of an image and 64 tokens of text{left_out} | ") for row in rows)

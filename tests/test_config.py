@@ -368,6 +368,19 @@ def test_names_and_numbers_of_a_stage_are_given_as_a_dict(recipe, option, value)
     assert {name: cfg.stages.look[option][name] for name in value} == value
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["tokenizer.template_options={enable_thinking: false, tone: 'no, never'}"],
+        ["tokenizer.template_options.enable_thinking=false", "tokenizer.template_options.tone='no, never'"],
+    ],
+)
+@pytest.mark.parametrize("command", ["train", "load"])
+def test_variables_of_a_chat_template_are_given_by_their_own_names(command, words):
+    options = compose(command, ["model=scenes_tiny", *words]).tokenizer.template_options
+    assert options == {"enable_thinking": False, "tone": "no, never"}
+
+
 def test_a_run_on_any_data_is_scored_on_the_same(tmp_path):
     names = presets.preset_files("data")
     cfg = compose("train", ["model=scenes_tiny", f"data=[{','.join(sorted(names))}]"])

@@ -6,7 +6,9 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tests.fusion_builders import MOE, tiny_llm
+from zoo import registry
 from zoo.benches.flops import count_flops
+from zoo.composed.costs import encoder_flops
 
 
 @pytest.mark.parametrize("backward", [False, True])
@@ -51,3 +53,13 @@ def test_experts_count_alike_at_once_and_one_by_one(model_type):
     at_once = count_flops(lambda: llm.lm(input_ids=ids, use_cache=False))
     llm.lm.set_experts_implementation("eager")
     assert at_once == count_flops(lambda: llm.lm(input_ids=ids, use_cache=False))
+
+
+@pytest.mark.parametrize("name", ["timm", "open_clip", "hf"])
+def test_the_closed_form_of_an_encoder_counts_all_products(name):
+    if name == "open_clip":
+        pytest.importorskip("open_clip")
+    sizes = {"width": 32, "depth": 3, "heads": 2, "image_size": 32, "patch_size": 8, "layer": -2}
+    vision = registry.build("vision", {"name": name, **sizes}).eval()
+    pixels = torch.randn(1, 3, 32, 32)
+    assert encoder_flops(vision.runner, vision.num_tokens) == count_flops(lambda: vision(pixels))

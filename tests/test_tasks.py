@@ -173,6 +173,10 @@ def test_vqa_with_fewer_answers_takes_any_and_numbers_within_the_tolerance():
     assert [close.score(dialog("1000"), p)["accuracy"] for p in said] == [1, 1, 0, 1, 0, 0, 0, 0, 0, 1, 0]
     assert close.score(dialog("inf"), "5")["accuracy"] == 0
     assert close.score(dialog("50%"), "0.51")["accuracy"] == 1
+    for mark in ("%", "$", "-", "+", ".", "$%", "-%", "e5"):  # beginnings and ends of numbers, without one
+        assert close.score(dialog("5"), mark) == {"accuracy": 0.0}
+        assert close.score(dialog("5", answers=["about", mark]), mark) == {"accuracy": 1.0}
+    assert close.score(dialog(".5"), "+0.5")["accuracy"] == 1
 
 
 # ---- boxes

@@ -285,14 +285,22 @@ def _cost_rows(model: Any, summary: Any) -> list[str]:
         if len(set(layers)) > 1:
             rows.append(f"| image tokens in the LLM's layers, mean | {sum(layers) / len(layers):.1f} |")
         if not carries_state(model.llm.lm):  # else layers are of several kinds, in no closed form
-            sizes = DecoderSizes.of(model.llm.lm.config.get_text_config(), model.llm.layers[0])
+            sizes = DecoderSizes.of(model.llm.lm.config.get_text_config(), model.llm.layers)
             cost = matmul_flops(sizes, [n + TEXT_TOKENS for n in layers], head_rows=1)
-            rows.append(f"| prefill of an image and {TEXT_TOKENS} tokens of text | {size_text(cost)}FLOPs |")
+            of = f"prefill of an image and {TEXT_TOKENS} tokens of text{_uncounted(model)}"
+            rows.append(f"| {of} | {size_text(cost)}FLOPs |")
     rows += [
         "",
         "FLOPs in closed form: products of matrices, 2 for a multiplication and its addition, no causal discount.",
     ]
     return rows
+
+
+def _uncounted(model: Any) -> str:
+    """Name the adapters that compute with weights outside of the LLM's layers, which are not counted."""
+    counted = {id(p) for p in model.llm.parameters()}
+    left = [n for n, a in model.adapter.items() if not a.merged and any(id(p) not in counted for p in a.parameters())]
+    return f", without adapter {', '.join(left)}" if left else ""
 
 
 def _encoder_cost(model: Any) -> int | None:

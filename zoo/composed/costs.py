@@ -4,8 +4,9 @@ Counted are products of matrices, as torch's FLOP counter does: 2 for a multipli
 discount, no norms, no softmax.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Any
 
 from zoo.fusion.llm.hf_config import TOP_K, first_of
@@ -22,21 +23,23 @@ class DecoderSizes:
     head_dim: int
     num_layers: int
     vocab: int
-    products: int = 0  # multiplications of one token with the weights of one layer; 0: by the sizes
+    products: tuple[int, ...] = ()  # multiplications of one token with the weights of each layer; empty: by the sizes
 
     @classmethod
-    def of(cls, config: Any, layer: Any = None) -> "DecoderSizes":
+    def of(cls, config: Any, layers: Iterable[Any] = ()) -> "DecoderSizes":
         """Read the sizes from a transformers config.
 
         Args:
             config: of the decoder.
-            layer: one of its layers, whose weights say how many products they take; of experts those that a token uses.
+            layers: all of them, whose weights say how many products they take, since the first ones of a mixture of
+                experts may be dense; of experts those that a token uses.
         """
-        heads = config.num_attention_heads
-        products = 0
-        for weight in [] if layer is None else layer.parameters():
-            used = 1 if weight.dim() == 2 else (first_of(config, TOP_K) or 1) / len(weight) if weight.dim() == 3 else 0
-            products += int(weight.numel() * used)
+        heads, top_k = config.num_attention_heads, first_of(config, TOP_K) or 1
+
+        def products(layer: Any) -> int:
+            stacks = [w.numel() * top_k // len(w) for w in layer.parameters() if w.dim() == 3]
+            return sum(stacks) + sum(w.numel() for w in layer.parameters() if w.dim() == 2)
+
         return cls(
             config.hidden_size,
             getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
@@ -45,16 +48,14 @@ class DecoderSizes:
             getattr(config, "head_dim", None) or config.hidden_size // heads,
             config.num_hidden_layers,
             config.vocab_size,
-            products,
+            tuple(map(products, layers)),
         )
 
     @property
     def per_token(self) -> int:
-        """Operations of one token with the weights of one layer."""
-        if self.products:
-            return 2 * self.products
+        """Multiplications of one token with the weights of one layer, by the sizes."""
         attention = 2 * self.width * self.head_dim * (self.heads + self.kv_heads)
-        return 2 * (attention + 3 * self.width * self.intermediate)
+        return attention + 3 * self.width * self.intermediate
 
     @property
     def cache_per_token(self) -> int:
@@ -64,7 +65,8 @@ class DecoderSizes:
 
 def matmul_flops(sizes: DecoderSizes, tokens: Sequence[int], head_rows: int = 0) -> int:
     """Count the products of a prefill with `tokens` in each layer, and of `head_rows` rows of the vocabulary."""
-    layers = sum(n * sizes.per_token + 4 * n * n * sizes.heads * sizes.head_dim for n in tokens)
+    each = zip(tokens, sizes.products or repeat(sizes.per_token), strict=bool(sizes.products))
+    layers = sum(2 * n * products + 4 * n * n * sizes.heads * sizes.head_dim for n, products in each)
     return layers + 2 * head_rows * sizes.width * sizes.vocab
 
 
@@ -83,6 +85,8 @@ def encoder_flops(runner: Any, patches: int) -> int | None:
     for module in runner.tower.modules():
         if isinstance(module, nn.Linear):
             flops += 2 * module.weight.numel() * tokens
+        elif isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is not None:
+            flops += 2 * module.in_proj_weight.numel() * tokens  # no linear layer; the projection behind it is one
         elif isinstance(module, nn.Conv2d):
             if module.kernel_size != module.stride:
                 return None

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from zoo.composed.outputs import LOSS_ALONE
-from zoo.registry import RecordError, ZooError, naming, read_sample
+from zoo.registry import RecordError, ZooError, naming
+from zoo.runs.data import RunData, spread_over
 from zoo.text.batch import to_device
 from zoo.text.command_line import Parser
 
@@ -48,7 +49,6 @@ def options_for(
 ) -> str:
     """Return the options of adapter `moextend` as words for the command line."""
     from zoo.fusion.adapters.expert_shift import select
-    from zoo.runs.data import RunData
     from zoo.settings import config as configs
 
     data = RunData(configs.compose("load", [f"model={probe}", *overrides]).data).training
@@ -70,8 +70,7 @@ def _counts(name: str, data: dict[str, Any], samples: int) -> dict[int, torch.Te
     each = max(1, samples // len(data))
     with counted(model.llm) as counts:
         for data_name, dataset in data.items():
-            for index in range(0, len(dataset), max(1, len(dataset) // each)):
-                sample = read_sample(data_name, dataset, index)
+            for sample in spread_over(data_name, dataset, each):
                 if isinstance(sample, RecordError):
                     raise sample
                 with naming(data_name, sample.where, sample.id, "text"):

@@ -25,8 +25,9 @@ from zoo.text.tokenizer_files import has_template
 RECIPE_COMMANDS = ("train", "eval", "check", "data")  # commands that start from the default recipe
 SLOTS = tuple(group_of(kind) for kind in SLOT_KINDS)
 SEVERAL = tuple(group_of(kind) for kind in SLOT_KINDS if kind in MANY)
-_OPEN = re.compile(r"stages\.\w+\.(data|loss_weights|lr_scale)\.")  # dicts of a stage with arbitrary keys
-_OPEN_WHOLE = re.compile(_OPEN.pattern.removesuffix(r"\."))
+# Dicts of the schema with arbitrary keys.
+_OPEN_WHOLE = re.compile(r"stages\.\w+\.(data|loss_weights|lr_scale)|tokenizer\.template_options")
+_OPEN = re.compile(rf"(?:{_OPEN_WHOLE.pattern})\.")
 _TEACHING = re.compile(r"stages\.(\w+)\.(distiller|teacher)(?=\.|$)")  # untyped nodes of a stage
 _STAGE = re.compile(r"stages\.(\w+)(?:\.|$)")
 _QUESTION = re.compile(r"data\.[\w-]+\.questions\.[\w-]+")  # that a table asks, or not
@@ -329,7 +330,7 @@ def _rewritten(override: Any, choice: Choice, config_dir: str | Path | None) -> 
         elif stage[1] not in there and (_OPEN.match(key) or _TEACHING.match(key)):  # Hydra reports others
             raise no_stage(stage[1], [*there, *choice.added])
     if _OPEN_WHOLE.fullmatch(key) and isinstance(value, dict):  # Hydra adds no names to a dict of the schema
-        return [f"++{key}.{name}={_text(one)}" for name, one in value.items()]
+        return [f"++{key}.{name}={component_presets.written_value(one)}" for name, one in value.items()]
     if _OPEN.match(key) and not override.is_delete():
         return ["++" + line.lstrip("+")]
     if members := having(key, choice.chosen, config_dir):

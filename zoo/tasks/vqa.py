@@ -60,7 +60,7 @@ MARKS = re.compile(
     r"|(?:(?<=\d)|(?<=^[a-z])|(?<=^[a-z]{2}))[-+'\"]+$"
     r"|(?:^|(?<=[\w)]))(?:[<>]=?|-+>|<-+)(?=$|[a-z\d(])"
 )
-NUMBER = re.compile(r"[-+]?(?:\d+|\d{1,3}(?:,\d{3})+)?(?:\.\d+)?(?:e[-+]?\d+)?", re.IGNORECASE)
+NUMBER = re.compile(r"[-+]?(?=\.?\d)(?:\d+|\d{1,3}(?:,\d{3})+)?(?:\.\d+)?(?:e[-+]?\d+)?", re.IGNORECASE)
 
 
 @dataclass
