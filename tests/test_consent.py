@@ -7,7 +7,7 @@ import sys
 import pytest
 import yaml
 
-from tests.train_builders import config, recipe
+from tests.train_builders import config, recipe, train_up_to
 from zoo import ZooError
 from zoo.registry import plugins
 from zoo.runs.folder import RunFolder
@@ -58,17 +58,7 @@ def started(tmp_path, monkeypatch):
     (place / "mine.py").write_text(DATA)
     words = [*recipe(tmp_path, STAGES), "plugins=[./mine.py]", "data=[mine]", "data.mine.scenes=8"]
     with Run(config(words, f"run.folder={tmp_path / 'run'}", "data.mine.eval_scenes=2", "data.mine.size=32")) as run:
-
-        class Cut(Exception):
-            pass
-
-        def cut(engine, inner=run._save):
-            inner(engine)
-            raise Cut
-
-        run._save = cut
-        with pytest.raises(Cut):
-            run.train()
+        train_up_to(run)
     new_process()
     (place / "mine.ran").unlink()
     return place, RunFolder(tmp_path / "run")

@@ -15,7 +15,7 @@ from tests.conftest import ANSWERS, QUESTIONS, sample, tiny_slots
 from tests.fusion_builders import same_state
 from tests.published_builders import said
 from tests.test_published_families import FAMILIES, SIZES, film  # noqa: F401 (a fixture)
-from tests.train_builders import config, losses, recipe
+from tests.train_builders import config, losses, recipe, train_up_to
 from zoo import registry
 from zoo.benches.flops import count_flops
 from zoo.checking.checker import check
@@ -363,9 +363,6 @@ def test_an_adapter_that_learned_on_whole_images_reads_smaller_ones(make_model, 
 
 
 def test_a_run_that_was_stopped_goes_on_to_the_same_weights_and_loads(tmp_path):
-    class StoppedError(Exception):
-        pass
-
     words = recipe(tmp_path, {"main": "steps: 4, batch_size: 4, checkpoint_every: 2"})
     place, more = (
         {name: tmp_path / name for name in ("whole", "stopped")},
@@ -373,15 +370,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_weights_and_loads(tmp_path):
     )
     train(config(words, *more, f"run.folder={place['whole']}"))
     run = Run(config(words, *more, f"run.folder={place['stopped']}"))
-    save = run._save
-
-    def stop(engine):
-        save(engine)
-        raise StoppedError
-
-    run._save = stop
-    with pytest.raises(StoppedError):
-        run.train()
+    train_up_to(run)
     run.close()
     train(config(words, f"resume={place['stopped']}"))
     assert losses(place["whole"]) == losses(place["stopped"])

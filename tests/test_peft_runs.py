@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from tests import killed_runs
 from tests.fusion_builders import padded_batch, tiny_llm
 from tests.test_peft_methods import adapter_on, answers, move, own, plain
-from tests.train_builders import config, losses, recipe
+from tests.train_builders import config, losses, recipe, train_up_to
 from zoo.composed.outputs import LLMSequence
 from zoo.registry import ZooError
 from zoo.registry.forward_pass import running
@@ -56,24 +56,9 @@ def test_a_run_that_is_cut_goes_on_to_the_same_weights(tmp_path, method):
         assert sum(int((p != 0).sum()) for p in kept) == len(kept)  # of 4 each, 1 on average
         metrics = [json.loads(line) for line in (tmp_path / "a" / "run" / "metrics.jsonl").read_text().splitlines()]
         assert any("adalora_orthogonal" in str(row) for row in metrics)
-
-    class Cut(Exception):
-        pass
-
     run = Run(config(recipe(tmp_path / "b", STAGES), *words(method, tmp_path / "b" / "run")))
-    stop = {2, 4, 6} if method == "adalora" else {2, 4}  # whose ranks change between the two; the others only go on
-    while stop:
-        inner = run._save
-
-        def cut(engine, run=run, inner=inner):
-            inner(engine)
-            if run.progress.global_step in stop:
-                stop.discard(run.progress.global_step)
-                raise Cut
-
-        run._save = cut
-        with pytest.raises(Cut):
-            run.train()
+    for at in (2, 4, 6) if method == "adalora" else (2, 4):  # whose ranks change between; the others only go on
+        train_up_to(run, at)
         run = Run(compose("train", [f"resume={tmp_path / 'b' / 'run'}"]))
     run.train()
     assert losses(tmp_path / "b" / "run") == taken
@@ -84,23 +69,12 @@ def test_a_run_that_is_cut_goes_on_to_the_same_weights(tmp_path, method):
 @pytest.mark.parametrize("method", ["eva", "corda"])
 def test_what_began_from_data_is_there_after_a_resume_where_nothing_trained_it_yet(tmp_path, method):
     """A stage that trains the projector alone, beside the adapter: its values are in the checkpoint all the same."""
-
-    class Cut(Exception):
-        pass
-
     stages = {
         "align": "steps: 1, batch_size: 4, train: [projector]",
         "tune": "steps: 1, batch_size: 4, train: [adapter]",
     }
     run = Run(config(recipe(tmp_path, stages), *words(method, tmp_path / "run")))
-
-    def cut(engine, inner=run._save):
-        inner(engine)
-        raise Cut
-
-    run._save = cut
-    with pytest.raises(Cut):
-        run.train()
+    train_up_to(run)
     wanted = weights(run)
     found = weights(Run(compose("train", [f"resume={tmp_path / 'run'}"])))
     assert wanted and all(torch.equal(found[n], wanted[n]) for n in wanted)

@@ -7,7 +7,7 @@ import torch
 
 from tests.conftest import ANSWERS, QUESTIONS, sample
 from tests.teacher_builders import KD, save_teacher, taught
-from tests.train_builders import losses
+from tests.train_builders import losses, train_up_to
 from zoo import registry
 from zoo.composed.outputs import Seen
 from zoo.registry import Cut, ZooError
@@ -87,37 +87,16 @@ def test_killed_in_any_stage_a_run_goes_on_bit_for_bit(tmp_path, teacher):
     warm = {"pt": STAGES["pt"], "ft": f"checkpoint_every: 2, {STAGES['ft']}".replace("llava_kd", WARM)}
     Run(taught(tmp_path, teacher, warm, f"run.folder={tmp_path / 'whole'}")).train()
     whole = losses(tmp_path / "whole")
-
-    class Cut(Exception):
-        pass
-
     for at in (2, 5):
         folder = tmp_path / f"cut{at}"
-        run = Run(taught(tmp_path, teacher, warm, f"run.folder={folder}"))
-
-        def cut(engine, run=run, inner=run._save, at=at):
-            inner(engine)
-            if run.progress.global_step == at:
-                raise Cut
-
-        run._save = cut
-        with pytest.raises(Cut):
-            run.train()
+        train_up_to(Run(taught(tmp_path, teacher, warm, f"run.folder={folder}")), at)
         Run(taught(tmp_path, teacher, warm, f"resume={folder}")).train()
         assert losses(folder) == whole
 
 
 def test_a_stage_does_not_go_on_with_a_teacher_that_was_trained_on(tmp_path, tokenizer):
     name, stage = save_teacher(tmp_path / "model", tokenizer), f"steps: 2, checkpoint_every: 1, {KD}"
-    run = Run(taught(tmp_path, name, {"a": stage}, f"run.folder={tmp_path / 'run'}"))
-
-    def cut(engine, inner=run._save):
-        inner(engine)
-        raise KeyboardInterrupt
-
-    run._save = cut
-    with pytest.raises(KeyboardInterrupt):
-        run.train()
+    train_up_to(Run(taught(tmp_path, name, {"a": stage}, f"run.folder={tmp_path / 'run'}")))
     save_teacher(tmp_path / "model", tokenizer, seed=6)
     with pytest.raises(ZooError, match=r"Stage 'a' began with its teacher 'dir:.*' in another state"):
         Run(taught(tmp_path, name, {"a": stage}, f"resume={tmp_path / 'run'}")).train()

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 
 from zoo.runs.folder import RunFolder, read_metrics
@@ -42,6 +43,24 @@ def config(words: list[str], *more: str) -> Any:
     from zoo.settings.config import compose
 
     return compose("train", [*words[2:], *more], words[1])
+
+
+class _Killed(Exception):
+    pass
+
+
+def train_up_to(run: Any, at: int = 0) -> None:
+    """Train a run up to the checkpoint behind step `at`, or the first one, and no further, as one that is killed."""
+    inner = run._save
+
+    def save(engine: Any) -> None:
+        inner(engine)
+        if not at or run.progress.global_step == at:
+            raise _Killed
+
+    run._save = save
+    with pytest.raises(_Killed):
+        run.train()
 
 
 def start(words: list[str], *, processes: int = 1) -> subprocess.Popen:
