@@ -1,7 +1,8 @@
 """Change a model that we do not own, each with its undo: terms on a linear's output, replaced modules or forwards.
 
 Adapters attach after the base weights are loaded and undo everything in `detach`. State-dict keys of the base model
-stay those of its checkpoints, also where a wrapper adds a level.
+stay those of its checkpoints, also where a wrapper adds a level. Hooks and undos are methods, or partials of functions:
+a copy of the model has its own, and it can be pickled, which a closure in it cannot.
 """
 
 from collections.abc import Callable, Iterable
@@ -98,11 +99,8 @@ def replace(root: nn.Module, name: str, new: nn.Module) -> Callable[[], None]:
     parent = root.get_submodule(parent_name)
     old = parent.get_submodule(leaf)
 
-    def undo() -> None:
-        parent.add_module(leaf, old)
-
     parent.add_module(leaf, new)
-    return undo
+    return partial(parent.add_module, leaf, old)
 
 
 def compute_by(module: nn.Module, forward: Callable[..., Any]) -> Callable[[], None]:
@@ -115,12 +113,13 @@ def compute_by(module: nn.Module, forward: Callable[..., Any]) -> Callable[[], N
     module.__dict__["forward"] = forward
     module.__dict__[_ASIDE] = True
 
-    def undo() -> None:
-        del module.__dict__["forward"], module.__dict__[_ASIDE]
-        if before is not None:
-            module.__dict__["forward"] = before
+    return partial(_compute_as_before, module, before)
 
-    return undo
+
+def _compute_as_before(module: nn.Module, before: Callable[..., Any] | None) -> None:
+    compute_itself(module)
+    if before is not None:
+        module.__dict__["forward"] = before
 
 
 def keep_keys(wrapper: nn.Module, inner: str = "base") -> Callable[[], None]:
@@ -128,23 +127,27 @@ def keep_keys(wrapper: nn.Module, inner: str = "base") -> Callable[[], None]:
 
     Base checkpoints then load into the wrapped model, and its checkpoints into a plain one. Returns the undo.
     """
+    handles = [
+        wrapper.register_state_dict_post_hook(partial(_leave_out, inner)),
+        wrapper.register_load_state_dict_pre_hook(partial(_put_in, inner)),
+    ]
+    return partial(_remove, handles)
 
-    def on_save(module: nn.Module, state: dict[str, Tensor], prefix: str, metadata: dict) -> None:
-        _rename(state, f"{prefix}{inner}.", prefix)
 
-    def on_load(module: nn.Module, state: dict[str, Tensor], prefix: str, *rest: object) -> None:
-        own = tuple(f"{prefix}{name}." for name, _ in module.named_children())
-        direct = {f"{prefix}{name}" for name in [*module._parameters, *module._buffers]}
-        for key in [k for k in state if k.startswith(prefix) and not k.startswith(own) and k not in direct]:
-            state[f"{prefix}{inner}.{key.removeprefix(prefix)}"] = state.pop(key)
+def _leave_out(inner: str, module: nn.Module, state: dict[str, Tensor], prefix: str, metadata: dict) -> None:
+    _rename(state, f"{prefix}{inner}.", prefix)
 
-    handles = [wrapper.register_state_dict_post_hook(on_save), wrapper.register_load_state_dict_pre_hook(on_load)]
 
-    def undo() -> None:
-        for handle in handles:
-            handle.remove()
+def _put_in(inner: str, module: nn.Module, state: dict[str, Tensor], prefix: str, *rest: object) -> None:
+    own = tuple(f"{prefix}{name}." for name, _ in module.named_children())
+    direct = {f"{prefix}{name}" for name in [*module._parameters, *module._buffers]}
+    for key in [k for k in state if k.startswith(prefix) and not k.startswith(own) and k not in direct]:
+        state[f"{prefix}{inner}.{key.removeprefix(prefix)}"] = state.pop(key)
 
-    return undo
+
+def _remove(handles: Iterable[RemovableHandle]) -> None:
+    for handle in handles:
+        handle.remove()
 
 
 def compute_itself(module: nn.Module) -> None:

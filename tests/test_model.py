@@ -1,9 +1,12 @@
 """The composed model: what it promises as a transformers model, and the invariants of its batches."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 
-from tests.conftest import ANSWERS, QUESTIONS, sample
+from tests.conftest import ANSWERS, QUESTIONS, sample, tiny_slots
 from zoo.composed.model import ZooModel
 from zoo.model_config import ZooConfig
 from zoo.registry import IGNORE_INDEX, ZooError
@@ -160,6 +163,30 @@ def test_saved_and_loaded_gives_the_same_logits(make_model, tmp_path):
     a, b = processor.collate([processor.encode(s)]), same.collate([same.encode(s)])
     assert all(torch.equal(a[k], b[k]) for k in ("input_ids", "labels", "pixel_values"))
     assert torch.equal(model(**a, all_logits=True).logits, again(**b, all_logits=True).logits)
+
+
+PARTS = {"lora": {}, "peft": {"method": "lora"}, "vlora": {"skip": 1, "width": 16, "depth": 1}, "upcycle": {}}
+PRUNERS = ("aim", "dart", "fastv", "pyramiddrop", "sparsevlm", "vscan")
+
+
+@pytest.mark.parametrize("name", [*PARTS, *PRUNERS])
+def test_copied_or_pickled_it_answers_alike_and_detaches_its_own_parts(make_model, name):
+    """Parts hold hooks on the LLM: those of a copy are on the copy."""
+    kind = "adapter" if name in PARTS else "pruner"
+    llm = {**tiny_slots()["llm"], "num_layers": 4}
+    slots = {"projector": None} if name == "vlora" else {}
+    model, processor = make_model(**{kind: {name: {"name": name, **PARTS.get(name, {})}}}, llm=llm, **slots)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    batch = processor.collate([processor.encode(sample(PAIR))])
+    wanted = model(**batch, all_logits=True).logits
+    for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(again(**batch, all_logits=True).logits, wanted)
+        getattr(again, kind)[name].detach()
+        assert torch.equal(model(**batch, all_logits=True).logits, wanted)
+        bare = again(**batch, all_logits=True).logits
+        assert bare.shape != wanted.shape or not torch.equal(bare, wanted)
 
 
 def test_missing_weights_are_reported_by_part(make_model, tmp_path):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from zoo.fusion.adapters.moextend import expert_blocks
-from zoo.fusion.adapters.routing_trace import Passes
+from zoo.fusion.adapters.routing_trace import Passes, never
 from zoo.registry import ZooError
 
 
@@ -29,7 +29,7 @@ def counted(llm: Any) -> Iterator[dict[int, Tensor]]:
     blocks = expert_blocks(llm)
     if not blocks:
         raise ZooError("There are no experts to count: no layer of the LLM is a mixture of experts.")
-    passes = Passes(llm, lambda: False, "counted")
+    passes = Passes(llm, never, "counted")
     counts = {i: torch.zeros(block.gate.weight.shape[0], dtype=torch.long) for i, block in blocks.items()}
     undo = passes.attach()
 

@@ -49,8 +49,16 @@ def _shorter(theirs: Any, name: str) -> type:
         def _cast_input_dtype(self, x: Any, dtype: torch.dtype) -> Any:
             return x if x is not None and _autocasts(x) else super()._cast_input_dtype(x, dtype)
 
+        def __reduce_ex__(self, protocol: Any) -> Any:  # pickle finds no class of this name
+            made: Any = super().__reduce_ex__(protocol)
+            return _blank, (theirs, name), *made[2:]
+
     Shorter.__name__, Shorter.__qualname__, Shorter.__module__ = theirs.__name__, theirs.__qualname__, theirs.__module__
     return Shorter
+
+
+def _blank(theirs: Any, name: str) -> Any:
+    return object.__new__(_shorter(theirs, name))
 
 
 def _autocasts(x: Tensor) -> bool:

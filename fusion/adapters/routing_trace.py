@@ -14,6 +14,16 @@ from zoo.registry.forward_pass import Pass, begin, current, end, required
 Records = list[tuple[Tensor, Tensor, Tensor | None]]
 
 
+def always() -> bool:
+    """Whether to record every pass; a lambda could not be pickled with the model."""
+    return True
+
+
+def never() -> bool:
+    """Whether to record any."""
+    return False
+
+
 class Passes:
     """Hooks on the decoder of a language model that keep an adapter's state in the current `Pass`.
 

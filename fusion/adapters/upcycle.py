@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo.fusion.adapters.moe_dispatch import Groups, Router, expert_share, group, grouped_linear, load_balance
-from zoo.fusion.adapters.routing_trace import Passes
+from zoo.fusion.adapters.routing_trace import Passes, always
 from zoo.fusion.attach import compute_by, refer
 from zoo.registry import Adapter, ImageFeatures, ZooError, register, require_at_least
 from zoo.registry.forward_pass import Pass
@@ -73,7 +73,7 @@ class Upcycle(Adapter, nn.Module):
         self.starts_as_base = config.normalize
         chosen = _layers(config, llm.num_layers)
         dense = {i: _feed_forward(llm, i) for i in chosen}
-        self.passes = Passes(llm, lambda: True, "upcycle")
+        self.passes = Passes(llm, always, "upcycle")
         layer = partial(SparseFeedForward, width=llm.hidden_size, config=config, passes=self.passes)
         self.layers: Any = nn.ModuleDict({str(i): layer(i, ffn) for i, (_, ffn) in dense.items()})
         refer(self, _dense={str(i): ffn for i, (_, ffn) in dense.items()})

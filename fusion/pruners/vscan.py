@@ -180,7 +180,7 @@ class VScan(DropsInside, nn.Module):
         """Register the dropper's hooks on the LLM."""
         if cut := self._cut(llm.num_layers):
             how: dict[str, Any] = {"reads": "behind", "votes": "turns"}
-            self.drop_by(Dropper(llm, "pruner 'vscan'", [cut - 1], lambda _, n: self._left(n), _attended, **how))
+            self.drop_by(Dropper(llm, "pruner 'vscan'", [cut - 1], self._budget, _attended, **how))
 
     def score_flops(self, tokens: Sequence[int], heads: int, head_dim: int) -> int:
         """Count the FLOPs of ranking one prompt with `tokens` in each layer: keys, a query and its row, at the cut."""
@@ -188,6 +188,9 @@ class VScan(DropsInside, nn.Module):
         if not cut or self.dropper is None:
             return 0
         return 2 * tokens[cut - 1] * heads * (head_dim + 1) + self.dropper.reading_flops(tokens)
+
+    def _budget(self, layer: int, total: Tensor) -> Tensor:
+        return self._left(total)
 
     def _left(self, total: Tensor) -> Tensor:
         return (total.double() * self.config.llm_ratio + 0.5).long().clamp(min=1)

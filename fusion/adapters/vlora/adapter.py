@@ -37,7 +37,7 @@ from torch.utils.hooks import RemovableHandle
 
 from zoo.fusion.adapters import adapter_file
 from zoo.fusion.adapters.checkpointing import detach_through_checkpoint
-from zoo.fusion.adapters.routing_trace import Passes
+from zoo.fusion.adapters.routing_trace import Passes, never
 from zoo.fusion.adapters.vlora.generator import WeightGenerator
 from zoo.fusion.adapters.vlora.image_memory import ImageMemory, rows_of
 from zoo.fusion.adapters.vlora.sites import Site, find_sites
@@ -136,7 +136,7 @@ class VLoRA(Adapter, nn.Module):
                 for t in config.types
             }
         )
-        self.passes = Passes(llm, lambda: False, "vlora")
+        self.passes = Passes(llm, never, "vlora")
         self._undo: list[Callable[[], None]] = []
         self._blocks: list[tuple[Any, int]] = []  # feed-forward blocks, and the id of our hook that must run last
         self._merged: list[Callable[[], None]] = []
@@ -397,7 +397,4 @@ def _add_to_weight(lm: nn.Module, name: str, change: Tensor) -> Callable[[], Non
         raise ZooError(f"adapter 'vlora' cannot merge into {name!r}: its weight is {old.dtype} {tuple(old.shape)}.")
     linear.weight = nn.Parameter((old.double() + change).to(old.dtype), requires_grad=old.requires_grad)
 
-    def undo() -> None:
-        linear.weight = old
-
-    return undo
+    return partial(setattr, linear, "weight", old)

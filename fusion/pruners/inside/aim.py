@@ -19,6 +19,7 @@ block, down to 252 or 72 of 576). The walk is one pass over the scores in blocks
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -172,13 +173,9 @@ class AIM(DropsInside, nn.Module):
             return
         start, stop = self.schedule(llm.num_layers)
         after = list(range(start, min(stop, llm.num_layers - 1)))
-
-        def budget(layer: int, total: Tensor) -> Tensor:
-            return _left(total, layer, start, stop)
-
-        votes, who = self.config.votes, "pruner 'aim'"
-        hide = votes == "all"
-        self.drop_by(Dropper(llm, who, after, budget, self.importance, hide, votes=votes, renumbers=False))
+        votes, budget = self.config.votes, partial(_budget, start, stop)
+        how: dict[str, Any] = {"hide": votes == "all", "votes": votes, "renumbers": False}
+        self.drop_by(Dropper(llm, "pruner 'aim'", after, budget, self.importance, **how))
 
     def score_flops(self, tokens: Sequence[int], heads: int, head_dim: int) -> int:
         """Count the FLOPs of scoring one prompt with `tokens` in each layer."""
@@ -203,6 +200,10 @@ class AIM(DropsInside, nn.Module):
             softcap=given.softcap,
         )  # (B, H, L)
         return reached.square().mean(1).sqrt() if c.heads == "rms" else reached.mean(1)
+
+
+def _budget(start: int, stop: int, layer: int, total: Tensor) -> Any:
+    return _left(total, layer, start, stop)
 
 
 def _left(n: Any, layer: int, start: int, stop: int) -> Any:

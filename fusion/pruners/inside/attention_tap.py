@@ -7,6 +7,7 @@ the function that the model is set to: flash stays flash.
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -76,12 +77,9 @@ def tap_attention(layer: nn.Module, watcher: Watcher, who: str) -> Callable[[], 
     _register()
     own = module.config
 
-    def undo() -> None:
-        module.config = own
-
     # transformers looks the function up by the config's name in every call, and this layer has its own config object.
     module.config = _ScoredConfig(own, watcher)
-    return undo
+    return partial(setattr, module, "config", own)
 
 
 def attention_of(layer: nn.Module) -> Any:
@@ -94,6 +92,10 @@ class _ScoredConfig:
 
     def __init__(self, real: Any, watch: Watcher) -> None:
         self.__dict__.update(real=real, watch=watch, _attn_implementation=SCORED)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        _register()  # unpickled in another process
+        self.__dict__.update(state)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or name == "real":

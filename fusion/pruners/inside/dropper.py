@@ -43,6 +43,10 @@ from zoo.registry.versions import cache_in
 __all__ = ["AttentionInputs", "Choice", "Dropper", "DropsInside", "LayerCut", "PrunedPrompt"]
 
 
+def _forget(lm: nn.Module) -> None:
+    lm.__dict__.pop("zoo_dropping", None)
+
+
 class Dropper:
     """Hooks on a decoder that drop image tokens between its layers.
 
@@ -98,7 +102,7 @@ class Dropper:
         if other := lm.__dict__.get("zoo_dropping"):
             raise ZooError(f"{self.who} and {other} both drop tokens inside the LLM: use one of them.")
         lm.__dict__["zoo_dropping"] = self.who
-        self._undo.append(lambda: lm.__dict__.pop("zoo_dropping", None))
+        self._undo.append(partial(_forget, lm))
         for number, layer in enumerate(self.llm.layers):
             # Names of positional arguments, which checkpointing passes and families order differently.
             names = list(inspect.signature(layer.forward).parameters)

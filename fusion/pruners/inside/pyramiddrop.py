@@ -14,8 +14,9 @@ training keeps all of it. It numbers positions anew from each cut on, which is `
 of several turns an earlier answer is read on tokens that later questions voted for; `votes=last` is free of that.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -93,19 +94,18 @@ class PyramidDrop(DropsInside, nn.Module):
     def attach(self, llm: Any) -> None:
         """Register the dropper's hooks on the LLM."""
         stages = self.stages(llm.num_layers)
-
-        def budget(layer: int, total: Tensor) -> Tensor:
-            return self._count(total, stages[layer + 1])
-
         how: dict[str, Any] = {"reads": self.config.reads, "votes": self.config.votes}
         after = [layer - 1 for layer in stages]
-        self.drop_by(Dropper(llm, "pruner 'pyramiddrop'", after, budget, self._rank, **how))
+        self.drop_by(Dropper(llm, "pruner 'pyramiddrop'", after, partial(self._budget, stages), self._rank, **how))
 
     def score_flops(self, tokens: Sequence[int], heads: int, head_dim: int) -> int:
         """Count the FLOPs of ranking one prompt with `tokens` in each layer: keys, a query and its row, at each cut."""
         rows = sum(2 * tokens[layer - 1] * heads * (head_dim + 1) for layer in self.stages(len(tokens)))
         read = self.dropper is not None and self.config.reads == "behind"
         return rows + (self.dropper.reading_flops(tokens) if read and self.dropper is not None else 0)
+
+    def _budget(self, stages: Mapping[int, float], layer: int, total: Tensor) -> Tensor:
+        return self._count(total, stages[layer + 1])
 
     def _count(self, total: Tensor, ratio: float) -> Tensor:
         kept = total.double() * ratio

@@ -20,8 +20,9 @@ positions anew, which is `positions=dense` of a model.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -169,12 +170,11 @@ class SparseVLM(DropsInside, nn.Module):
     def attach(self, llm: Any) -> None:
         """Register the dropper's hooks on the LLM."""
         cuts = self.cuts(llm.num_layers)
-
-        def budget(layer: int, total: Tensor) -> Tensor:
-            return self._budget(cuts[layer], total)
-
         how: dict[str, Any] = {"choose": self._choose, "votes": raters}
-        self.drop_by(Dropper(llm, "pruner 'sparsevlm'", list(cuts), budget, self._rate, **how))
+        self.drop_by(Dropper(llm, "pruner 'sparsevlm'", list(cuts), partial(self._budget_of, cuts), self._rate, **how))
+
+    def _budget_of(self, cuts: Mapping[int, float], layer: int, total: Tensor) -> Tensor:
+        return self._budget(cuts[layer], total)
 
     def _budget(self, kept: float, total: Tensor) -> Tensor:
         if self.config.num_keep:
