@@ -2,14 +2,16 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
+from PIL import Image
 
 from tests.train_builders import config, losses, recipe
 from zoo.cli.entry import main as command
-from zoo.registry import ZooError
+from zoo.registry import ZooError, build
 from zoo.runs.folder import RunFolder
-from zoo.runs.replay import replayed, verdict
+from zoo.runs.replay import data_facts, replayed, verdict
 from zoo.training.loop import Run, main
 
 
@@ -46,7 +48,7 @@ def test_the_same_losses_to_the_bit(before, tmp_path, capsys):
     assert f"Replaying {before.path.resolve()}.\n" in out and "different here" not in out
     assert "The losses of all 3 steps are those of" in out and "weights are equal to the bit" in out
     lock = json.loads(again.lock.read_text())
-    assert lock["data"]["scenes"]["records"] == 40 and len(lock["data"]["scenes"]["hash"]) == 64
+    assert lock["data"]["scenes"]["records"] == 40 and len(lock["data"]["scenes"]["content"]) == 64
 
 
 def test_losses_that_differ_are_shown_from_their_first_step(before, copied):
@@ -69,8 +71,20 @@ def test_versions_and_the_machine_are_noted(copied, tmp_path):
     assert any("no hash of the data" in note for note in notes)
 
 
+def test_records_of_equal_number_have_a_hash_of_what_they_say_and_show(tmp_path):
+    def content(answer, color):
+        Image.new("RGB", (8, 8), color).save(tmp_path / "a.png")
+        row = {"image": "a.png", "question": "Which color?", "answer": answer}
+        (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+        data = SimpleNamespace(all={"mine": build("dataset", {"name": "chat_json", "file": f"{tmp_path}/rows.jsonl"})})
+        return data_facts(data)["mine"]["content"]
+
+    first = content("red", "red")
+    assert first == content("red", "red") and len({first, content("blue", "red"), content("red", "blue")}) == 3
+
+
 def _data(lock, run):
-    lock["data"]["scenes"]["hash"] = "0" * 64
+    lock["data"]["scenes"]["content"] = "0" * 64
 
 
 def _records(lock, run):

@@ -134,7 +134,7 @@ def equal_of(found: Sequence[Summary]) -> dict[str, Any]:
     same: dict[str, Any] = {
         key: first[key]
         for key in options
-        if first.get(key) is not None and all(r.options.get(key) == first[key] for r in found)
+        if first.get(key) not in (None, "") and all(r.options.get(key) == first[key] for r in found)
     }
     for name in STATED:
         values = [getattr(run, name) for run in found]

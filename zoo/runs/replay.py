@@ -16,12 +16,14 @@ from omegaconf import DictConfig, OmegaConf
 
 from zoo.composed.own_checkpoints import own_checkpoints
 from zoo.pretrained.origin import origin_of
-from zoo.registry import ZooError, plugins
+from zoo.registry import RecordError, ZooError, plugins, read_sample
 from zoo.registry.foreign import read_object, read_run_config
 from zoo.runs.data import RunData
 from zoo.runs.folder import RunFolder, environment, read_metrics
 from zoo.runs.resume import read_config
+from zoo.storage.shards import key_of
 from zoo.storage.weights import fingerprint
+from zoo.vision.images.identity import identify
 
 LISTED = 8  # differences that are written out
 OF_MACHINE = ("python", "machine", "system", "cpu", "threads", "devices", "processes")
@@ -172,12 +174,12 @@ def _data(data: RunData, noted: Mapping[str, Any]) -> Iterator[str]:
     was = noted.get("data") or {}
     for name, now in data_facts(data).items():
         before = was.get(name)
-        if before is None or before == now:
+        if before is None:
             continue
         if before.get("records") != now["records"]:
             yield f"data {name}: {now['records']} records, was {before.get('records')}"
-        else:
-            yield f"data {name}: other records (hash {str(now['hash'])[:12]}, was {str(before.get('hash'))[:12]})"
+        elif (noted_hash := before.get("content")) and noted_hash != now["content"]:
+            yield f"data {name}: other records (hash {str(now['content'])[:12]}, was {str(noted_hash)[:12]})"
 
 
 def _machine(noted: Mapping[str, Any]) -> Iterator[str]:
@@ -190,7 +192,7 @@ def _machine(noted: Mapping[str, Any]) -> Iterator[str]:
     for key in OF_MACHINE:
         if key in noted and noted[key] != now[key]:
             yield f"{key} {now[key]}, was {noted[key]}"
-    if "data" not in noted:
+    if not all("content" in facts for facts in (noted.get("data") or {"": {}}).values()):
         yield "zoo.lock has no hash of the data, which was not noted at that time"
 
 
@@ -201,28 +203,18 @@ _READ = 16  # records of each data set, at equal distances
 
 def _facts(name: str, dataset: Any) -> dict[str, Any]:
     if dataset.is_stream:  # its records are not read before they are trained on
-        return {"records": None, "hash": None}
+        return {"records": None, "content": None}
     digest, size = hashlib.sha256(), len(dataset)
     for index in sorted({i * size // _READ for i in range(_READ)} if size else ()):
-        try:
-            sample = dataset[index]
-        except Exception as error:  # a broken record is one in the replay, too
-            digest.update(type(error).__name__.encode())
+        sample = read_sample(name, dataset, index)
+        if isinstance(sample, RecordError):  # a broken record is one in the replay, too
+            digest.update(b"broken")
             continue
         for dialog in sample.dialogs:
             digest.update(json.dumps([dialog.messages, dialog.answers], default=str).encode())
         for image in sample.images:
-            digest.update(_image(image))
-    return {"records": size, "hash": digest.hexdigest()}
-
-
-def _image(image: Any) -> bytes:
-    """Return what tells an image from others at little cost: pixels, bytes, or the size of its file."""
-    if isinstance(image, bytes):
-        return image
-    if isinstance(image, str | Path) and Path(image).is_file():
-        return str(Path(image).stat().st_size).encode()
-    return image.tobytes() if hasattr(image, "tobytes") else b""
+            digest.update(key_of(*identify(image)[0]))
+    return {"records": size, "content": digest.hexdigest()}
 
 
 def _losses(row: Mapping[str, Any]) -> str:
