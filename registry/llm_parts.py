@@ -201,7 +201,7 @@ class Adapter(ModelPart):
         Raises:
             ZooError: it cannot be merged.
         """
-        raise ZooError(f"{type(self).__name__} cannot be merged: what it adds depends on the input.")
+        raise ZooError(f"{type(self).__name__} cannot be merged: it has no `merge`.")
 
     def unmerge(self) -> None:
         """Restore the base weights, where `merge` was for one image."""

@@ -196,7 +196,8 @@ def test_the_folder_says_what_processors_ask(exports):
     assert values["patch_size"] == 8 and values["num_additional_image_tokens"] == 1
     pixels = values["image_processor"]
     assert pixels["size"] == {"height": 32, "width": 32} and pixels["resample"] == 2 and not pixels["do_center_crop"]
-    assert json.loads((folder / "tokenizer_config.json").read_text())["image_token"] == "<image>"
+    words = json.loads((folder / "tokenizer_config.json").read_text())
+    assert words["image_token"] == "<image>" and words["padding_side"] == "left"  # as batches of `generate` need it
     files = {file.name for file in folder.iterdir() if file.suffix in (".json", ".jinja", ".safetensors")}
     assert files >= {"generation_config.json", "chat_template.jinja", "model.safetensors", "tokenizer.json"}
 

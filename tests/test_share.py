@@ -9,6 +9,7 @@ import torch
 import zoo
 from tests import published_builders as build
 from tests.test_export import CLIP, LLAMA, MLP, TALKS, ask, composed
+from zoo.checking.checker import RefusedError
 from zoo.cli.entry import main
 from zoo.registry import ZooError
 
@@ -121,6 +122,21 @@ def test_a_refusal_names_what_to_do(saved, capsys, case):
     found = capsys.readouterr().err
     assert re.search(why, found, re.DOTALL), found
     assert sorted(path.name for path in Path().iterdir()) == ["mine"]
+
+
+def test_weights_of_an_adapter_that_is_left_out(saved, tmp_path):
+    with pytest.raises(
+        RefusedError, match=r"with adapter 'lora', which is left out.*=\[lora,mole\].*--merge"
+    ) as refusal:
+        zoo.check("dir:mine", "adapter=[mole]", fixes=0)
+    assert "unknown in llm" in str(refusal.value)
+    with pytest.raises(RefusedError) as refusal:
+        zoo.check("dir:mine", "adapter=[]", fixes=1)
+    assert refusal.value.fixes == ["adapter=[lora]"]
+    model, processor = composed([*CLIP, *MLP, *LLAMA, "adapter=[mole]"])
+    model.save_pretrained("experts")
+    processor.save_pretrained("experts")
+    assert zoo.check("dir:experts", "adapter=[]").notes == ["The trained weights of adapter 'mole' are left out."]
 
 
 def test_the_working_folder_is_not_replaced(saved, capsys, monkeypatch):

@@ -16,7 +16,7 @@ import torch
 from zoo import registry
 from zoo.checking.counts import check_counts
 from zoo.checking.fixes import AND, candidates
-from zoo.checking.left_out import unused_options, unused_weights
+from zoo.checking.left_out import left_adapters, unfit_without, unused_options, unused_weights
 from zoo.checking.memory import TEXT
 from zoo.checking.plan import Plan, device_of, plan_from, plan_of
 from zoo.checking.several_encoders import described
@@ -155,7 +155,7 @@ def _report_of(plan: Plan) -> CheckReport:
     attention = "auto" if plan.attention.startswith("flash") else plan.attention  # flash kernels refuse meta tensors
     with torch.device("meta"):
         model = ZooModel(ZooConfig(slots=dict(plan.slots), positions=plan.positions, attention=attention), parts=parts)
-    _check_stored(plan, model)
+    left = _check_stored(plan, model)
     rows = [_summary(step, parts, model) for step in parts.steps]
     weights = sum(r.bytes for r in rows)
     if weights > _MOST_BYTES:
@@ -175,6 +175,7 @@ def _report_of(plan: Plan) -> CheckReport:
     report.text_tower = parts.vision.text_tower if parts.vision is not None else 0
     report.encoders = list(described(parts.vision, plan.slots.get("vision")))
     report.notes += filter(None, [model.decided.why])
+    report.notes += left
     report.notes += _idle_pruners(parts)
     report.notes += _untrained(plan, report.stages)
     return report
@@ -251,16 +252,24 @@ def _check_positions(parts: Parts, positions: str) -> None:
         )
 
 
-def _check_stored(plan: Plan, model: Any) -> None:
-    """Refuse parts that the trained weights do not fit, by the names and shapes in their files."""
+def _check_stored(plan: Plan, model: Any) -> list[str]:
+    """Refuse parts that the trained weights do not fit, by the names and shapes in their files. Returns notes."""
     if plan.stored is None:
-        return
+        return []
     content = read_content(plan.stored)
     if is_published(content):
         require_same(plan.slots, plan.stored, plan.fresh)
-        return
+        return []
     whole = not content.get("base") and not have_checkpoints(plan.slots)  # else some weights are in those checkpoints
-    require_fit(model, plan.stored, listing(weight_files(plan.stored)), fresh=plan.fresh, whole=whole)
+    stated = content.get("slots") or {}
+    left = left_adapters(stated, plan.slots)
+    try:
+        require_fit(model, plan.stored, listing(weight_files(plan.stored)), fresh=plan.fresh, whole=whole)
+    except ZooError as error:
+        raise ZooError(
+            f"{error}\n{unfit_without(left, stated, plan.slots, plan.stored)}" if left else str(error)
+        ) from error
+    return [f"The trained weights of adapter {', '.join(map(repr, left))} are left out."] if left else []
 
 
 def _summary(step: Any, parts: Parts, model: Any) -> PartSummary:

@@ -75,7 +75,7 @@ def _excludes_tokens(adapter: str) -> bool:
 
 
 def _as_stored(plan: "Plan") -> Iterator[tuple[str, "Plan"]]:
-    """Yield each option of a part with trained weights set to what these were trained with."""
+    """Yield what trained weights were trained with: each option of their part, and adapters that are left out."""
     stated = read_content(plan.stored).get("slots") if plan.stored is not None else None
     for kind in registry.SINGLE_SLOTS:
         ours, theirs = plan.slots.get(kind) or {}, (stated or {}).get(kind) or {}
@@ -85,6 +85,10 @@ def _as_stored(plan: "Plan") -> Iterator[tuple[str, "Plan"]]:
             if ours.get(key, value) != value and not isinstance(value, Mapping):
                 slots = {**plan.slots, kind: {**ours, key: deepcopy(value)}}
                 yield f"{kind}.{key}={_shown(value)}", replace(plan, slots=slots)
+    ours, theirs = plan.slots.get("adapter") or {}, (stated or {}).get("adapter") or {}
+    if theirs.keys() - ours.keys():
+        both = {**deepcopy(theirs), **ours}
+        yield f"adapter={_shown(both)}", replace(plan, slots={**plan.slots, "adapter": both})
 
 
 def _other_options(plan: "Plan") -> Iterator[tuple[str, "Plan"]]:

@@ -1,6 +1,7 @@
-"""Notes on what a run leaves out of the preset that it names: its trained weights, and options of its parts."""
+"""Notes on what is left out of a preset or a trained model: trained weights, options of parts, adapters."""
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from zoo.registry.presets import shown
@@ -44,6 +45,27 @@ def unused_options(typed: Typed) -> Iterator[str]:
         if gone:
             word = f"{slot}.{keys[0]}={given[f'{slot}.{keys[0]}']}"
             yield f"{word}: options of the {slot} of model {model} are left out: {', '.join(gone)}."
+
+
+def left_adapters(stated: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
+    """Return the adapters of a saved model, of its slots `stated`, that a composition of it leaves out."""
+    return [name for name in stated.get("adapter") or {} if name not in (ours.get("adapter") or {})]
+
+
+def unfit_without(left: list[str], stated: Mapping[str, Any], ours: Mapping[str, Any], folder: Path) -> str:
+    """Say, where weights do not fit, that they are of a model with adapters, and how these are kept.
+
+    Args:
+        left: adapters that are left out.
+        stated, ours: slots of the saved model, and of the composition.
+        folder: of the saved model.
+    """
+    both = dict.fromkeys([*stated["adapter"], *(ours.get("adapter") or {})])
+    names = ", ".join(map(repr, left))
+    return (
+        f"  They are of a model with adapter {names}, which is left out. Keep it: adapter=[{','.join(both)}]. Or merge "
+        f"it into the language model first: zoo export dir:{folder} OUT --format safetensors --merge; then dir:OUT."
+    )
 
 
 def _preset_in(given: Mapping[str, Any], typed: Typed) -> str:

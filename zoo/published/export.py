@@ -197,8 +197,9 @@ def refuse_adapters(model: Any) -> None:
     for name, adapter in model.adapter.items():
         if not adapter.can_merge:
             raise ZooError(
-                f"adapter {name!r} cannot be merged into the language model: what it adds depends on the input. "
-                f"Save it with `save_pretrained` instead (zoo export --format safetensors), or export without it."
+                f"adapter {name!r} cannot be merged into the language model: it has no `merge`, as where what it adds "
+                "depends on the input. Save it with `save_pretrained` instead (zoo export --format safetensors), or "
+                "export without it."
             )
 
 

@@ -50,7 +50,8 @@ def tokenizer_of(processor: Any, names: dict[str, str]) -> Any:
     """Copy a tokenizer, with names for the tokens that the processor of a layout needs.
 
     Where our prompts are all that a template writes, transformers' processors would put a beginning in front that the
-    tokenizer adds by itself: it no longer does.
+    tokenizer adds by itself: it no longer does. Padding goes to the left, as their `generate` needs it: our own asks
+    for that side by itself, pipelines of transformers take that of the tokenizer.
 
     Args:
         processor: ours.
@@ -65,6 +66,7 @@ def tokenizer_of(processor: Any, names: dict[str, str]) -> Any:
         if token not in vocabulary:
             raise ZooError(f"the tokenizer has no {token!r}, which the layout's processor asks for")
     name_tokens(tokenizer, names)
+    tokenizer.padding_side = "left"
     if not takes_parts(processor.tokenizer):
         _add_nothing(tokenizer)
     tokenizer.chat_template = template_of(processor)
