@@ -109,6 +109,32 @@ def test_a_lossy_picture_nearly_does(name):
     assert np.abs(np.asarray(open_image(data)).astype(int) - np.asarray(photo())).mean() <= most
 
 
+def rgb_png(colours):
+    """A PNG with colours of 16 bits, which Pillow does not write."""
+    h, w = colours.shape[:2]
+    return raw_png(w, h, 16, 2, [row.astype(">u2").tobytes() for row in colours])
+
+
+def rgb_tiff(colours):
+    h, w = colours.shape[:2]
+    body = colours.astype("<u2").tobytes()
+    tags = {256: w, 257: h, 258: 8, 259: 1, 262: 2, 273: 14, 277: 3, 278: h, 279: len(body)}
+    entries = [struct.pack("<HHII", tag, 3, 3 if tag == 258 else 1, value) for tag, value in tags.items()]
+    head = struct.pack("<2sHI3H", b"II", 42, 14 + len(body), 16, 16, 16)
+    return head + body + struct.pack("<H", len(tags)) + b"".join(entries) + bytes(4)
+
+
+@pytest.mark.parametrize("bits", [8, 10, 12, 14, 16])
+def test_colours_of_a_depth_below_sixteen_bits_are_not_black(bits):
+    stored = (np.arange(256) << (bits - 8)).reshape(16, 16)
+    colours = np.stack([stored, stored // 2, stored // 4], axis=-1)
+    for form in (rgb_png, rgb_tiff):
+        assert np.array_equal(np.asarray(open_image(form(colours))), colours >> (bits - 8))
+    turned = chunk(b"eXIf", b"MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x03\0\0\0\0\0\0")
+    upright = np.asarray(open_image(with_chunks(turned, data=rgb_png(colours))))
+    assert np.array_equal(upright, (colours >> (bits - 8))[::-1, ::-1])
+
+
 def test_what_is_transparent_is_white_at_every_depth():
     def seen(data):
         return np.asarray(open_image(data))[0].tolist()

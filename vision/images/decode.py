@@ -6,6 +6,7 @@ import base64
 import io
 import math
 import os
+import sys
 import warnings
 import zlib
 from contextlib import nullcontext
@@ -25,7 +26,9 @@ MAX_PIXELS = 1024 * 1024 * 1024 // 4 // 3
 # Formats that are opened, by a file's first bytes; others of Pillow are documents and drawings (EPS runs Ghostscript).
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
 FULL = ("PPM", "JPEG2000")  # whose decoders scale a smaller depth to 16 bits, but for a PPM that states 16
-DEPTHS = (8, 10, 12, 14, 16)  # bits of a grey value, as devices give them
+DEPTHS = (8, 10, 12, 14, 16)  # bits of a value, as devices give them
+# Orders of two bytes -> the other order, by which the low byte of a number is read in place of the high one.
+_OTHER = {"16B": "16L", "16L": "16B", "16N": "16B" if sys.byteorder == "little" else "16L"}
 _PHOTOMETRIC = 262  # tag of a TIFF
 TEXT = 1 << 20  # largest text chunk of a PNG, in bytes, that is read for the orientation
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -60,9 +63,9 @@ def open_image(source: Any, where: str = "", max_pixels: int | None = None) -> I
     """Decode `source` to an RGB image, rotated by its EXIF orientation.
 
     Grey, palette and CMYK images become RGB; transparency is composed on white; of an animation the first frame is
-    taken. Grey values of more than 8 bits are divided by the depth that holds the largest of them (8, 10, 12, 14 or 16
-    bits): scanners and depth cameras store 12 bits in 16. Signed ones begin at the lowest. Files must be of one of
-    `FORMATS`.
+    taken. Values of more than 8 bits are divided by the depth that holds the largest of them (8, 10, 12, 14 or 16
+    bits): scanners and depth cameras store 12 bits in 16. Signed ones begin at the lowest. Colours are those of PNG and
+    TIFF: of JPEG 2000, PPM and grey with alpha Pillow gives the high bytes alone. Files must be of one of `FORMATS`.
 
     Args:
         source: a path, a `data:` URL, encoded bytes, a binary file, a PIL image, an array or a tensor of uint8, (h, w),
@@ -112,7 +115,7 @@ def open_image(source: Any, where: str = "", max_pixels: int | None = None) -> I
         with source.open("rb") if isinstance(source, Path) else nullcontext(source) as file:
             return _decoded(file, where, max_pixels or MAX_PIXELS)
     except Image.DecompressionBombError as error:
-        raise ZooError(f"{where} is too large: {error}") from error
+        raise ZooError(f"{where} is too large ({error}): make it smaller first.") from error
     except ZooError:
         raise
     except UnidentifiedImageError as error:
@@ -171,7 +174,49 @@ def _decoded(file: Any, where: str, max_pixels: int) -> Image.Image:
     with image:
         _check_size(image.size, where, max_pixels)
         as_stored = bool(image.tile) and image.tile[0][0] == "raw"  # until it is loaded
+        as_stored = as_stored or (image.format == "JPEG2000" and _states_16_bits(file))
+        _lift(image, file)
         return _to_rgb(_upright(image), image, as_stored)
+
+
+def _states_16_bits(file: Any) -> bool:
+    """Whether a JPEG 2000 file has values of 16 bits: the decoder scales those of fewer to 16."""
+    file.seek(0)
+    head = file.read(1 << 20)
+    sizes = head.find(b"\xff\x4f\xff\x51")  # how the code stream begins
+    return sizes >= 0 and head[sizes + 42 : sizes + 43] in (b"\x0f", b"\x8f")
+
+
+def _lift(image: Any, file: Any) -> None:
+    """Scale colours of 16 bits, in place, by the depth that holds the largest of them, as grey values are.
+
+    Pillow keeps their high bytes. Where those are low, the file is read once more for the others.
+    """
+    import numpy as np
+    from PIL import Image
+
+    mode, _, order = _stored_as(image.tile[0]).partition(";") if image.tile else ("", "", "")
+    if image.mode != mode or mode not in ("RGB", "RGBA") or order not in _OTHER or "transparency" in image.info:
+        return
+    tiles = [(*tile[:3], _in_order(tile[3], f"{mode};{_OTHER[order]}")) for tile in image.tile]
+    high = np.asarray(image)  # (h, w, 3 or 4)
+    if high[..., :3].max() >= 1 << 6:
+        return
+    file.seek(0)
+    with Image.open(file, formats=[image.format]) as again:
+        again.tile = tiles
+        values = high[..., :3].astype(np.int32) << 8 | np.asarray(again)[..., :3]
+    bits = next(b for b in DEPTHS if values.max() < 1 << b)
+    image.paste(Image.fromarray(np.concatenate([(values >> (bits - 8)).astype(np.uint8), high[..., 3:]], axis=-1)))
+
+
+def _stored_as(tile: Any) -> str:
+    """Return the form of the pixels in a file, such as `RGB;16B`, which the arguments of a decoder begin with."""
+    return str(tile[3] if isinstance(tile[3], str) else next(iter(tile[3] or [""])))
+
+
+def _in_order(arguments: Any, form: str) -> Any:
+    return form if isinstance(arguments, str) else (form, *arguments[1:])
 
 
 def _png_pixels(file: Any) -> io.BytesIO:
@@ -240,7 +285,11 @@ def _upright(image: Image.Image) -> Image.Image:
 
 def _check_size(size: tuple[int, int], where: str, max_pixels: int) -> None:
     if size[0] * size[1] > max_pixels:
-        raise ZooError(f"{where} has {size[0]} x {size[1]} pixels; at most {max_pixels} are decoded.")
+        share = math.sqrt(max_pixels / (size[0] * size[1]))
+        raise ZooError(
+            f"{where} has {size[0]} x {size[1]} pixels; at most {max_pixels} are decoded. Make it smaller first: "
+            f"{math.floor(size[0] * share)} x {math.floor(size[1] * share)} is taken."
+        )
 
 
 def _of_array(array: Any, where: str) -> Image.Image:
