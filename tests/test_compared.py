@@ -10,6 +10,7 @@ from zoo.cli.entry import main
 from zoo.evaluation.compared import answers_of, by_question, compared, difference_table
 from zoo.evaluation.result import EvalResult
 from zoo.registry import ZooError
+from zoo.settings.overrides import typed_values
 
 
 def rows(values, kinds=("count", "color"), **more):
@@ -99,6 +100,9 @@ def test_models_are_scored_on_the_same_words_and_compared(tmp_path, monkeypatch,
     assert all(any(word.startswith("run.folder=") for word in words) for words in asked)
     assert found.names == ("scenes_tiny", "hub:a/y") and len(found.flips) == 4 and found.flips[0].better == "second"
     assert "100.0" in capsys.readouterr().out
+    asked.clear()  # a folder whose name has to be quoted
+    compare_command.main(["model=[scenes_tiny,hub:a/y]", "run.folder='my, runs'"], run)
+    assert [typed_values(words[-1:]) for words in asked] == [{"run.folder": f"my, runs/{number}"} for number in (1, 2)]
 
 
 def test_mistakes(tmp_path, capsys):

@@ -12,10 +12,12 @@ import zoo
 from tests.serve_builders import HELLO, ask, held, long_winded, openai, serving, text_of
 from zoo.cli import serve_command
 from zoo.cli.entry import main
-from zoo.registry import ZooError
+from zoo.registry import Dialog, Sample, ZooError
+from zoo.runs.lengths import length_of
 from zoo.serving import answers
 from zoo.serving.answers import Piece
 from zoo.serving.batches import Batcher
+from zoo.serving.protocol import Sampling
 
 
 @pytest.fixture(scope="module")
@@ -199,3 +201,33 @@ def test_words_of_the_command(capsys):
         with pytest.raises(ZooError, match=message):
             words_of(words)
     assert main(["serve", "--help"]) == 0 and "api_key" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("family", "alone"), [("gpt2", True), ("llama", False)])
+def test_answers_that_would_leave_a_table_of_positions_do_not_share_a_batch(family, alone):
+    sizes = [
+        "vision=timm",
+        "vision.width=32",
+        "vision.depth=2",
+        "vision.heads=2",
+        "vision.image_size=32",
+        "projector=mlp",
+    ]
+    sizes += ["llm=hf", f"llm.model_type={family}", "llm.hidden_size=32", "llm.num_layers=1", "llm.max_positions=80"]
+    model, processor = zoo.compose(*sizes, "llm.num_heads=2", texts=["what is it? red blue"])
+    found = {}
+
+    def row(text, limit):
+        dialog = Dialog([{"role": "user", "content": text}])
+        prompt = processor.encode_prompt(Sample("a", [], []), dialog, pixel_values=[])
+        return answers.Row(model.eval(), processor, prompt, limit, Sampling(), found.setdefault(limit, []).append)
+
+    long, short = row("what is it? " * 14, 3), row("red", 60)
+    assert length_of(long.prompt) + short.limit > 80
+    assert answers.may_share(long, short) is not alone and answers.may_share(short, row("red", 50))
+    batcher = Batcher(size=2)
+    batcher.add([long, short])
+    while not (long.done and short.done):
+        time.sleep(0.01)
+    batcher.close()
+    assert batcher.batches == 1 + alone and {found[3][-1].finish, found[60][-1].finish} <= {"stop", "length"}

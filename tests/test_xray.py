@@ -187,6 +187,14 @@ def test_words_of_the_command():
             main(words)
 
 
+def test_a_folder_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("zoo.inspection.xray.inspect", lambda *given: None)
+    (tmp_path / "file").write_text("")
+    (tmp_path / "a.png").write_text("")
+    with pytest.raises(ZooError, match=r"Cannot write the picture to '.*file/x'.*Choose another place with --out"):
+        main(["m", f"--image={tmp_path}/a.png", f"--out={tmp_path}/file/x"])
+
+
 def test_a_model_without_image_tokens_is_refused():
     with pytest.raises(ZooError, match="this model has none in the LLM"):
         inspect("", [w.replace("projector=mlp", "projector=null") for w in TINY] + ["adapter=[vlora]"], picture(3))

@@ -41,21 +41,23 @@ def main(words: Sequence[str], evaluate: Any) -> Any:
     if args.folder:
         return _folders([Path(word) for word in args.folder], args)
     from zoo.evaluation.compared import by_question, compared, show
+    from zoo.settings.component_presets import written_value
+    from zoo.settings.overrides import typed_values
 
     names = _models(next(word for word in args.options if word.startswith("model=[")))
     rest = [word for word in args.options if not word.startswith("model=[")]
-    given = dict(word.split("=", 1) for word in rest if "=" in word)
+    given = typed_values([word for word in rest if word.startswith(("run.folder=", "run.dir=", "model.revision="))])
     for name in names:  # the second one, too, before the first is scored
         model_names.require(name, given, args.config_dir)
     root = given.get("run.folder") or str(
-        Path(given.get("run.dir", "runs")) / f"{datetime.now():%Y-%m-%d/%H-%M-%S}-compare"
+        Path(str(given.get("run.dir", "runs"))) / f"{datetime.now():%Y-%m-%d/%H-%M-%S}-compare"
     )
     more = ["--config-dir", args.config_dir] if args.config_dir else []
     results = []
     for number, name in enumerate(names, 1):
         print(f"zoo: {number} of 2: {name}", file=sys.stderr)
         others = [word for word in rest if not word.startswith("run.folder=")]
-        results.append(evaluate([f"model={name}", *others, f"run.folder={root}/{number}", *more]))
+        results.append(evaluate([f"model={name}", *others, f"run.folder={written_value(f'{root}/{number}')}", *more]))
     if not all(result.predictions for result in results):  # of several processes, the first one has the answers
         return results[0]
     found = compared((names[0], names[1]), *(by_question(result.predictions) for result in results))

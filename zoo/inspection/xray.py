@@ -17,6 +17,7 @@ from zoo.composed import behind
 from zoo.inspection.views import NONE, View, Xray
 from zoo.registry import Dialog, ImageFeatures, Sample, UnlikeRows, ZooError, plugins, unknown
 from zoo.registry.forward_pass import Pass
+from zoo.storage.atomic import writing
 from zoo.text.command_line import Parser
 from zoo.text.stops import reader_for
 
@@ -35,10 +36,11 @@ def main(words: Sequence[str]) -> int:
     from zoo.inspection.xray_page import write_page
     from zoo.inspection.xray_picture import write_picture
 
-    folder = Path(args.out)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_picture(found, folder / "xray.png")
-    write_page(found, folder / "xray.html")
+    folder = Path(args.out).expanduser()
+    with writing(f"the picture to {str(folder)!r}", "Choose another place with --out."):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_picture(found, folder / "xray.png")
+        write_page(found, folder / "xray.html")
     for view in found.views:
         kept = sum(t >= 0 for t in view.layers[0])
         later = "".join(f", {view.tokens[i]} from layer {i}" for i in view.moments[1:])  # dropped inside the LLM

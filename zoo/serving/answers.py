@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import LogitsProcessor, StoppingCriteria
 
 from zoo.registry import ZooError
+from zoo.runs.lengths import length_of
 from zoo.serving.protocol import Sampling
 from zoo.text.batch import EncodedSample
 from zoo.text.stops import AnswerReader, listed, reader_for
@@ -201,13 +202,30 @@ class Ends(StoppingCriteria):
 _READ_IDS = ("repetition_penalty", "encoder_repetition_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size")
 
 
+_OFFSET = 2  # rows of a table of positions ahead of the first one (OPT)
+
+
 def may_share(row: Row, other: Row) -> bool:
     """Whether two rows may be in one batch, with the answers that they have alone."""
     if row.model is not other.model:
         return False
     config = row.model.generation_config
     reads = config is not None and any(getattr(config, name, None) not in (None, 0, 1, 1.0) for name in _READ_IDS)
-    return not reads or len(row.prompt) == len(other.prompt)
+    return (not reads or len(row.prompt) == len(other.prompt)) and _within_table(row, other)
+
+
+def _within_table(row: Row, other: Row) -> bool:
+    """Whether a batch of both stays within the LLM's table of positions, where it has one.
+
+    An answer that has ended is continued with padding until all have: behind a long prompt it may come to positions
+    that the table does not have, which fails for the whole batch.
+    """
+    lm, most = row.model.llm.lm, row.model.llm.max_positions
+    rows = (row, other)
+    if most is None or max(length_of(r.prompt) for r in rows) + max(r.limit for r in rows) <= most:
+        return True
+    others = (m for m in lm.modules() if isinstance(m, nn.Embedding) and m is not lm.get_input_embeddings())
+    return not any(most <= table.num_embeddings <= most + _OFFSET for table in others)
 
 
 @torch.no_grad()

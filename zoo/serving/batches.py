@@ -107,7 +107,7 @@ class Batcher:
             for row in self.waiting:
                 if row.cancelled:
                     continue
-                fits = len(taken) < self.size and (not taken or may_share(taken[0], row))
+                fits = len(taken) < self.size and all(may_share(other, row) for other in taken)
                 (taken if fits else kept).append(row)
             self.waiting = kept
             self.running.update(taken)

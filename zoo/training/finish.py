@@ -131,7 +131,7 @@ def report(run: "Run", result: EvalResult | None, console: Console) -> None:
         console.print(score_table(result.lines, "Scores in per cent"))
         most = run.cfg.limit or SAMPLES
         if any(d.is_stream or len(d) > most for d in run.data.evaluation.values()):
-            console.print(f"Of each data set the first {most} samples were scored.", highlight=False)
+            console.print(f"Of each data set {most} samples were scored, drawn or the first ones.", highlight=False)
     else:
         console.print("Nothing was scored: data holds no split for evaluation, such as data=[..., scenes_eval].")
     if skipped := len(read_metrics(run.folder.skipped)):
