@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from tests.conftest import ANSWERS, QUESTIONS, picture, talk
+from zoo.evaluation import predict
 from zoo.evaluation.evaluate import evaluate, main, prompt_of
 from zoo.evaluation.predict import Question, answer
-from zoo.registry import Dataset, Sample, Score, ZooError
+from zoo.registry import Dataset, Dialog, Sample, Score, ZooError, build
 from zoo.runs.scored import samples_of
 
 
@@ -118,6 +119,14 @@ def test_the_likeliest_option_is_chosen(model):
         out = net(**processor.collate([row]))
         found[option] = -out.loss.item() * int((row.labels != -100).sum())
     assert text == max(found, key=found.get)
+
+
+def test_a_broken_model_chooses_no_option(monkeypatch):
+    scored = {0: {"a": -2.0, "b": -1.0}, 1: {"a": -2.0, "b": float("nan")}, 2: {"a": float("nan"), "b": -1.0}}
+    monkeypatch.setattr(predict, "_score", lambda *given: scored)
+    assert predict._choose(None, None, {}, {}, None, 2) == {0: "b", 1: "", 2: ""}
+    right = Dialog([{"role": "user", "content": "?"}], choices=["a", "b"], answers=["a"])
+    assert build("task", {"name": "choice"}).score(right, "")["accuracy"] == 0
 
 
 def test_blind_sees_no_image_and_text_stays_as_it_is(model):

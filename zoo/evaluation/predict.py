@@ -7,6 +7,7 @@ the same image (a blind model has one image for all) are answered once.
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby, islice
+from math import isnan
 from typing import Any
 
 import numpy as np
@@ -256,9 +257,13 @@ def _choose(
     pictures: _Pictures,
     batch_size: int,
 ) -> dict[int, str]:
-    """Answer with the most likely option: the one whose tokens, end of turn included, have the largest probability."""
+    """Answer with the most likely option: the one whose tokens, end of turn included, have the largest probability.
+
+    The answer of a broken model, which gives NaN, is empty: the first option would often be right.
+    """
     scored = _score(model, processor, questions, written, pictures, batch_size)
-    return {i: max(some, key=some.__getitem__) for i, some in scored.items()}
+    broken = {i for i, some in scored.items() if any(map(isnan, some.values()))}
+    return {i: "" if i in broken else max(some, key=some.__getitem__) for i, some in scored.items()}
 
 
 @torch.no_grad()
