@@ -367,3 +367,42 @@ def test_counts_are_of_the_experts_that_ran():
     assert counts[0].tolist() == wanted and counts[0].sum() == 2 * int(mask.sum())
     assert wanted != [int((raw.topk(2, largest=False).indices == e).sum()) for e in range(4)]
     assert not llm.lm.model._forward_pre_hooks
+
+
+MLA = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8}
+OTHER_ROUTERS = {
+    "deepseek_v2": {"num_kv_heads": 0, "extra": {"first_k_dense_replace": 1, **MLA}},  # weights are not renormalised
+    "ernie4_5_moe": {},  # a bias on probabilities
+    "flint": {},  # sigmoids
+    "glm4_moe": {"extra": {"first_k_dense_replace": 1, "n_group": 1, "topk_group": 1}},  # sigmoids, a bias and groups
+}
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("model_type", OTHER_ROUTERS)
+def test_routers_that_choose_in_another_way_are_refused(model_type, device):
+    """Its routing would stand in for theirs, and old experts would get other weights than they were trained with."""
+    with torch.device(device):
+        llm = tiny_llm(model_type, **{"num_experts": 4, "top_k": 2, "num_layers": 3} | OTHER_ROUTERS[model_type])
+        with pytest.raises(ZooError, match="layer 2 chooses or weighs experts in another way"):
+            extended(llm, layers=[2], attach=False)
+        extended(tiny_llm("qwen3_vl_moe_text", num_experts=4, top_k=2), attach=False, shaken=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("counts_are_read", [True, False])
+def test_terms_of_peft_on_the_old_experts_count(counts_are_read, monkeypatch):
+    """PEFT gives the experts another class for the time of a pass."""
+    monkeypatch.setattr(extended_layer, "_may_read_counts", lambda x: counts_are_read)
+    ids, mask = padded_batch()
+    both = []
+    for terms in (False, True):
+        llm = tiny_llm("mixtral")
+        extended(llm)
+        if terms:
+            options = {"r": 2, "target_modules": [], "target_parameters": ["experts.gate_up_proj"]}
+            adapter_on(llm, {"name": "peft", "options": options}, shaken=0)
+            for name, p in llm.lm.named_parameters():
+                p.add_(0.2 if ".lora_B." in name else 0.0)
+        both.append(logits(llm, ids, mask))
+    assert (both[0] - both[1]).abs().max() > 1e-3

@@ -3,6 +3,7 @@
 The equations are in `zoo.fusion.adapters.moextend`.
 """
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -135,7 +136,9 @@ class ExtendedLayer(nn.Module):
         # around the old experts, so that the family's own kernel (grouped, fused) still computes them.
         taken = top_k_index >= self.old  # (S, k)
         index, weights = top_k_index.masked_fill(taken, self.old), top_k_weights.masked_fill(taken, 0)
-        out = type(old).forward(self.skipping, hidden_states, index, weights)
+        # PEFT gives the experts another class for the time of a pass, where it has a term on their tensors.
+        view = self.skipping if type(self.skipping) is type(old) else skipping(old)
+        out = type(old).forward(view, hidden_states, index, weights)
         for j in range(self.num_new):
             mine = top_k_index == self.old + j  # (S, k)
             # 0 where this expert was chosen, -1 (no expert) elsewhere: a group of one expert, without reading counts.
@@ -185,6 +188,31 @@ class ExtendedLayer(nn.Module):
                 f"{self.passes.rows}."
             )
         return flags.repeat_interleave(len(x) // len(flags)).unsqueeze(-1)
+
+
+@torch.no_grad()
+def chooses_largest(gate: Any) -> bool:
+    """Whether a family's router is the one that `route` replaces: the k largest of softmax(W x), and no more.
+
+    Families have sigmoids, biases, groups and factors under the same names, so it is tried, with random numbers: a
+    router on the meta device has none.
+    """
+    with torch.device("cpu"):
+        g = torch.Generator().manual_seed(0)
+        try:
+            like = copy.deepcopy(gate).to_empty(device="cpu").float()
+            for tensor in [*like.parameters(), *like.buffers()]:
+                tensor.copy_(torch.randn(tensor.shape, generator=g))
+            x = torch.randn(64, like.weight.shape[1], generator=g) / like.weight.shape[1] ** 0.5  # (S, C)
+            logits, weights, chosen = type(like).forward(like, x)
+        except Exception:  # of any family: it wants more than hidden states, or has no such weight
+            return False
+        probs = F.linear(x, like.weight).softmax(-1)  # (S, m)
+        best, largest = probs.topk(like.top_k, dim=-1)
+        if getattr(gate, "norm_topk_prob", True):
+            best = best / best.sum(-1, keepdim=True)
+        theirs, ours = (torch.zeros_like(probs).scatter(1, *one) for one in ((chosen, weights), (largest, best)))
+        return torch.allclose(logits.softmax(-1), probs, atol=1e-5) and torch.allclose(theirs, ours, atol=1e-5)
 
 
 def _may_read_counts(x: Tensor) -> bool:

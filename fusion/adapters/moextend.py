@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from zoo.fusion.adapters import adapter_file
 from zoo.fusion.adapters import moe_dispatch as dispatch
-from zoo.fusion.adapters.extended_layer import ExtendedLayer, Guarded
+from zoo.fusion.adapters.extended_layer import ExtendedLayer, Guarded, chooses_largest
 from zoo.fusion.adapters.routing_trace import Passes
 from zoo.fusion.attach import refer
 from zoo.fusion.llm.decoder import decoder_of
@@ -87,6 +87,9 @@ class MoExtend(Adapter, nn.Module):
         blocks = expert_blocks(llm)
         if not blocks:
             raise ZooError(_NO_EXPERTS.format(model_type=llm.lm.config.get_text_config().model_type))
+        for i, block in {type(b.gate): (i, b) for i, b in blocks.items()}.values():
+            if not chooses_largest(block.gate):
+                raise ZooError(_OTHER_ROUTER.format(i=i, kind=type(block.gate).__name__))
         if llm.router_aux_coef:
             raise ZooError(
                 "router_aux_coef of the LLM takes all layers to have as many experts, and adapter 'moextend' gives "
@@ -115,7 +118,7 @@ class MoExtend(Adapter, nn.Module):
 
     def attach(self) -> None:
         """Replace the forward of routers and experts in the chosen layers; modules and state-dict keys stay."""
-        if self._undo:
+        if self._undo or self.merged:
             return
         self._undo = self.passes.attach()
         # Layers that are not extended are noted too: the balance loss is over all layers with experts.
@@ -236,6 +239,10 @@ class MoExtend(Adapter, nn.Module):
         return self.training and self.config.aux > 0 and torch.is_grad_enabled() and bool(self.layers)
 
 
+_OTHER_ROUTER = (
+    "adapter 'moextend' extends routers that take the largest of softmax(W x), such as those of Mixtral, Qwen-MoE and "
+    "OLMoE; the {kind} of layer {i} chooses or weighs experts in another way."
+)
 _NO_EXPERTS = (
     "adapter 'moextend' adds to experts that the LLM has in the fused form of transformers (Mixtral, Qwen2-MoE, "
     "Qwen3-MoE); {model_type!r} has none. Take such an LLM: llm.model_type=mixtral for one of random weights."
