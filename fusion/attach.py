@@ -16,6 +16,10 @@ from torch.utils.hooks import RemovableHandle
 from zoo.registry import ZooError, nearest
 
 _ASIDE = "_zoo_stands_aside"  # marks a module whose forward another module computes (`compute_by`)
+_TABLES = (  # of hooks on a module's forward
+    "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+)  # fmt: skip
 
 
 def refer(module: nn.Module, **others: Any) -> None:
@@ -29,10 +33,15 @@ def refer(module: nn.Module, **others: Any) -> None:
 def linears(root: nn.Module, head: nn.Module | None = None) -> list[str]:
     """Name the linear layers below `root` in the order of its modules, GPT-2's `Conv1D` too.
 
-    `head` is left out, and so are layers inside a module whose forward was replaced (`compute_by`): they do not run.
+    `head` is left out, and so are layers that are bypassed.
     """
-    aside = tuple(f"{n}." for n, m in root.named_modules() if _ASIDE in m.__dict__)
+    aside = bypassed(root)
     return [n for n, m in root.named_modules() if m is not head and _is_linear(m) and not n.startswith(aside)]
+
+
+def bypassed(root: nn.Module) -> tuple[str, ...]:
+    """Prefixes of what is inside of modules whose forward was replaced (`compute_by`): it does not run."""
+    return tuple(f"{n}." for n, m in root.named_modules() if _ASIDE in m.__dict__)
 
 
 def fused_experts(lm: nn.Module) -> list[str]:
@@ -64,6 +73,7 @@ def find_linears(lm: Any, targets: Iterable[str], who: str) -> list[str]:
             others = [n for n, m in lm.named_modules() if n and means(target, n)]
             if others:
                 kind = "the vocabulary projection" if lm.get_submodule(others[0]) is head else "not a linear layer"
+                kind = "bypassed by another adapter" if others[0].startswith(bypassed(lm)) else kind
                 raise ZooError(f"{who} cannot target {target!r}: {others[0]!r} is {kind}.")
             short = sorted({n.rpartition(".")[2] for n in known})
             near = nearest(target, [*short, *known], 3)
@@ -106,13 +116,12 @@ def replace(root: nn.Module, name: str, new: nn.Module) -> Callable[[], None]:
 def compute_by(module: nn.Module, forward: Callable[..., Any]) -> Callable[[], None]:
     """Compute calls of `module` by `forward`; returns a function that undoes it.
 
-    The module tree, its names and its weights stay. Pass a bound method: it is copied along with the model, which a
-    closure is not.
+    The module tree, its names and its weights stay. Pass a bound method: it is copied along with the model, as the undo
+    is, and a closure is not.
     """
     before = module.__dict__.get("forward")
     module.__dict__["forward"] = forward
     module.__dict__[_ASIDE] = True
-
     return partial(_compute_as_before, module, before)
 
 
@@ -148,6 +157,19 @@ def _put_in(inner: str, module: nn.Module, state: dict[str, Tensor], prefix: str
 def _remove(handles: Iterable[RemovableHandle]) -> None:
     for handle in handles:
         handle.remove()
+
+
+def move_hooks(old: nn.Module, new: nn.Module) -> None:
+    """Run hooks on the forward of `old` on that of `new`, which takes its place, behind hooks of its own.
+
+    A table moves where `new` has none of its own, so that handles still remove the hooks in it.
+    """
+    for table in _TABLES:
+        theirs, own = getattr(old, table), getattr(new, table)
+        if own:
+            own.update(theirs)
+        else:
+            setattr(new, table, theirs)
 
 
 def compute_itself(module: nn.Module) -> None:

@@ -366,3 +366,14 @@ def test_an_upcycled_model_starts_from_the_weights_of_a_trained_one(make_model, 
     with torch.no_grad():
         model.set_attention("sdpa")
         assert torch.equal(again(ids).logits, model(ids).logits)
+
+
+def test_starting_again_copies_no_other_adapter(monkeypatch):
+    """Hooks of one that came later hold it, and it holds the language model."""
+    llm = tiny_llm("llama")
+    adapter = upcycled(llm, every=1)
+    registry.build("adapter", {"name": "mole", "rank": 2}, llm=llm).attach()
+    copied = []
+    monkeypatch.setattr(torch.nn.Parameter, "__deepcopy__", lambda self, memo: copied.append(self))
+    adapter.start()
+    assert not copied

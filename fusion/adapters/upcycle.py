@@ -177,10 +177,10 @@ class SparseFeedForward(nn.Module):
 
     def start(self, dense: nn.Module) -> None:
         """Copy a dense layer into every expert; a new router."""
-        own = dict(self.experts.named_parameters())
         with torch.no_grad():
-            for name, value in stacked(dense, self.num_experts).named_parameters():
-                own[name].copy_(value)
+            for name, stack in self.experts.named_parameters():
+                path, _, leaf = name.rpartition(".")
+                stack.copy_(_copies(_matrix_of(dense.get_submodule(path), leaf), self.num_experts))
             where = self.router.weight.device
             self.router.weight.copy_(Router(self.router.weight.shape[1], self.num_experts, device=where).weight)
 
@@ -226,9 +226,7 @@ class StackedLinear(nn.Module):
 
     def __init__(self, dense: Any, num_experts: int) -> None:
         super().__init__()
-        weight = dense.weight.detach()
-        weight = weight.t() if type(dense).__name__ == "Conv1D" else weight  # GPT-2 keeps (in, out)
-        self.weight = nn.Parameter(_copies(weight, num_experts))  # (E, O, I)
+        self.weight = nn.Parameter(_copies(_matrix_of(dense, "weight"), num_experts))  # (E, O, I)
         self.bias = None if dense.bias is None else nn.Parameter(_copies(dense.bias.detach(), num_experts))  # (E, O)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -253,6 +251,12 @@ def stacked(dense: nn.Module, num_experts: int) -> nn.Module:
             parent, _, leaf = name.rpartition(".")
             result.get_submodule(parent).add_module(leaf, StackedLinear(module, num_experts))
     return result
+
+
+def _matrix_of(dense: Any, name: str) -> Tensor:
+    """The weight (O, I) or the bias of a dense linear layer; GPT-2 keeps (in, out)."""
+    value = getattr(dense, name).detach()
+    return value.t() if name == "weight" and type(dense).__name__ == "Conv1D" else value
 
 
 def _copies(weight: Tensor, num_experts: int) -> Tensor:

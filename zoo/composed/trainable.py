@@ -14,7 +14,8 @@ from zoo.storage.precision import SHORT, ids_of, kept_wide
 
 def meant(pattern: str, name: str) -> bool:
     """Whether a glob means the parameter `name`: as it is, or as checkpoints have it, without the level of PEFT."""
-    return fnmatchcase(name, pattern) or fnmatchcase(re.sub(r"(\.base_layer)+(?=\.)", "", name), pattern)
+    plain = re.sub(r"(\.token_adapter)?(\.base_layer)+(?=\.)", "", name)
+    return fnmatchcase(name, pattern) or fnmatchcase(plain, pattern)
 
 
 class PartsMixin(nn.Module):

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from zoo.fusion.adapters.peft.methods import Method, tuner_of
-from zoo.fusion.attach import fused_experts, linears, means
+from zoo.fusion.attach import bypassed, fused_experts, linears, means
 from zoo.registry import ZooError, nearest, unknown
 
 _NOT_LINEAR = ("ia3", "ln_tuning")  # methods that all linear layers are too many for
@@ -26,7 +26,8 @@ def resolved(method: Method, lm: Any) -> tuple[Any, list[str]]:
     """
     config = method.config()
     words = getattr(config, "target_modules", None)
-    known = {n: m for n, m in lm.named_modules() if n}
+    aside = bypassed(lm)
+    known = {n: m for n, m in lm.named_modules() if n and not n.startswith(aside)}
     for field in _LISTS:
         given = getattr(config, field, None)
         if given == "all-linear":
@@ -62,7 +63,9 @@ def _named(field: str, given: Any, known: dict[str, nn.Module], lm: Any) -> list
             hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
             fused = fused_experts(lm)
             hint += f" Its experts are fused tensors such as {fused[0]!r}: target_parameters." if fused else ""
-            what = f"{field} has {word!r}, which {type(lm).__name__} lacks"
+            there = any(means(word, n) for n, _ in lm.named_modules())
+            lacks = "has only where another adapter bypasses it" if there else "lacks"
+            what = f"{field} has {word!r}, which {type(lm).__name__} {lacks}"
             raise ZooError(f"{what}.{hint} Modules: {', '.join(short)}.")
         chosen |= set(hits)
     return [n for n in known if n in chosen]
