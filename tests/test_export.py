@@ -15,6 +15,9 @@ from PIL import Image
 
 import zoo
 from tests import published_builders as build
+from tests.conftest import tiny_slots
+from zoo.composed.model import ZooModel
+from zoo.published.export import merge_adapters
 from zoo.registry import ZooError
 
 SIZES = ["vision.width=16", "vision.depth=3", "vision.heads=2", "vision.image_size=32", "vision.patch_size=8"]
@@ -425,3 +428,13 @@ def test_a_failed_export_leaves_the_folder_as_it_was(tmp_path, monkeypatch):
         with pytest.raises(ZeroDivisionError):
             zoo.export(build.shake(model), processor, tmp_path)
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+def test_what_is_left_after_a_refusal_on_the_way_is_saved(make_model, tmp_path):
+    experts = {**tiny_slots()["llm"], "model_type": "mixtral", "num_experts": 4, "top_k": 2}
+    adapters = {"lora": {"name": "lora", "rank": 2, "targets": ["q_proj"]}, "moextend": {"name": "moextend"}}
+    model, _ = make_model(llm=experts, adapter=adapters)
+    with pytest.raises(ZooError, match="adapter 'moextend' cannot be merged"):
+        merge_adapters(model)
+    model.save_pretrained(tmp_path)
+    assert list(ZooModel.from_pretrained(tmp_path).adapter) == ["moextend"]

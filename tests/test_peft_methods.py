@@ -494,3 +494,40 @@ def test_a_term_on_one_of_two_tied_layers_is_not_merged_into_both(tied, target):
             adapter.merge()
         torch.testing.assert_close(llm.lm(input_ids=ids).logits, wanted, atol=1e-5, rtol=0)
     assert adapter.merged is not tied
+
+
+def test_layers_that_another_adapter_bypasses_are_no_targets():
+    llm = tiny_llm("llama")
+    registry.build("adapter", {"name": "upcycle", "every": 2}, llm=llm).attach()
+    adapter = adapter_on(llm, "lora", target_modules=["gate_proj"])
+    assert adapter.exclusive == ["model.layers.1.mlp.gate_proj"]
+    llm = tiny_llm("llama")
+    registry.build("adapter", {"name": "upcycle", "every": 1}, llm=llm).attach()
+    with pytest.raises(
+        ZooError, match="'gate_proj', which LlamaForCausalLM has only where another adapter bypasses it"
+    ):
+        adapter_on(llm, "lora", target_modules=["gate_proj"])
+    with pytest.raises(ZooError, match=r"'model.layers.0.mlp.gate_proj' is bypassed by another adapter"):
+        registry.build("adapter", {"name": "lora", "targets": ["gate_proj"]}, llm=llm)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", ["lora", "pissa"])
+def test_merged_it_is_not_attached_again(method):
+    llm = tiny_llm()
+    adapter = adapter_on(llm, method)
+    move(own(llm, adapter))
+    adapter.merge()
+    wanted = answers(llm.lm)
+    adapter.attach()
+    assert torch.equal(answers(llm.lm), wanted)
+    assert not any(type(m).__module__.startswith("peft") or m._forward_hooks for m in llm.lm.modules())
+
+
+def test_a_table_with_rows_of_its_own_is_named_as_in_checkpoints(make_model):
+    options = {"r": 2, "target_modules": ["q_proj"], "trainable_token_indices": [5, 6]}
+    model, _ = make_model(adapter={"peft": {"name": "peft", "options": options}})
+    model.set_trainable(["llm", "adapter"], freeze=["llm.lm.model.embed_tokens.weight"])
+    assert [n for n, p in model.named_parameters() if "embed_tokens" in n and p.requires_grad] == [
+        "llm.lm.model.embed_tokens.token_adapter.trainable_tokens_delta.peft"
+    ]

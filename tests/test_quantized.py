@@ -1,5 +1,8 @@
 """A teacher in few bits: how far its weights and answers are from the whole ones, and what it saves."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -76,3 +79,14 @@ def test_what_adapters_add_is_in_a_teacher_of_few_bits_too(make_model, tmp_path,
 def test_other_numbers_of_bits_are_refused():
     with pytest.raises(ZooError, match="8 or 4 bits, got bits=3"):
         quantize(nn.Linear(2, 2), 3)
+
+
+@pytest.mark.parametrize("name", ["lora", "mole"])
+def test_no_adapter_holds_the_weights_that_were_replaced(make_model, name):
+    model, _ = make_model(adapter={name: {"name": name}})
+    owns, named = model.adapter[name].owns, list(model.llm.layers.named_parameters())
+    whole = [weakref.ref(p) for n, p in named if n.endswith(("proj.weight", "base_layer.weight"))]
+    del named
+    quantize(model.llm.layers, 8, lambda inner: owns(f"model.layers.{inner}"))
+    gc.collect()
+    assert len(whole) == 14 and not any(weight() is not None for weight in whole)

@@ -252,3 +252,37 @@ def test_lora_beside_it(first):
             both[name].detach()
         assert torch.equal(logits(llm), plain)
     assert torch.allclose(outs[1], outs[2], atol=1e-12) and not torch.allclose(outs[0], outs[1], atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("order", [["lora", "vlora"], ["vlora", "lora"]])
+def test_lora_merged_beside_it_leaves_its_terms_where_they_are(order):
+    llm = double()
+    plain = logits(llm)
+    torch.manual_seed(0)
+    lora = registry.build("adapter", {"name": "lora", "rank": 2}, llm=llm)
+    both = {"lora": lora, "vlora": vlora_on(llm, attach=False)}
+    for name in order:
+        both[name].attach()
+    for p in (p for n, p in llm.lm.named_parameters() if "lora_B" in n):
+        p.fill_(0.05)
+    both["vlora"].condition(images(dtype=torch.float64), [1, 1])
+    wanted = logits(llm)
+    both["lora"].merge()
+    assert torch.allclose(logits(llm), wanted, atol=1e-10)
+    both["lora"].attach()  # it is in the weights
+    both["vlora"].detach()
+    assert not any("lora" in n or m._forward_hooks for n, m in llm.lm.named_modules())
+    assert not torch.allclose(logits(llm), wanted, atol=1e-4) and not torch.allclose(logits(llm), plain, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_copy_that_is_merged_for_an_image_comes_back_by_itself():
+    llm = tiny_llm()
+    adapter = vlora_on(llm)
+    adapter.condition(images(), [1, 1])
+    adapter.merge()
+    wanted = logits(llm)
+    other, its = deepcopy((llm, adapter))
+    its.detach()
+    assert torch.equal(logits(llm), wanted) and torch.equal(logits(other), logits(tiny_llm()))

@@ -68,10 +68,10 @@ class LoRA(Adapter, nn.Module):
 
     def attach(self) -> None:
         """Replace the targets by PEFT's layers; attaching again reuses the layers and weights of the first time."""
-        if self.places is None:
-            self.places = self._inject()
-        else:
+        if self.places is not None:
             self.places.attach()
+        elif not self.merged:
+            self.places = self._inject()
 
     def detach(self) -> None:
         """Put the linear layers back; the language model computes what it did before, bit for bit."""

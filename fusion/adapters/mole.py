@@ -88,7 +88,6 @@ class MoLELayer(nn.Module):
     """Router and experts of one feed-forward layer, and the hooks that put them there."""
 
     mlp: nn.Module  # of the language model
-    linears: dict[str, nn.Module]
     passes: Passes
 
     def __init__(self, config: MoLEConfig, number: int, mlp: nn.Module, width: int, passes: Passes) -> None:
@@ -101,7 +100,8 @@ class MoLELayer(nn.Module):
             "device": first.device,
             "dtype": max(first.dtype, torch.float32, key=lambda t: t.itemsize),
         }
-        refer(self, mlp=mlp, linears={} if _whole(mlp) else {n: mlp.get_submodule(n) for n in linears(mlp)})
+        refer(self, mlp=mlp)
+        self.names = [] if _whole(mlp) else linears(mlp)  # of the linear layers that get terms
         sizes = {n.replace(".", "-"): _sizes(linear) for n, linear in self.linears.items()} or {"whole": (width, width)}
         self.experts = nn.ModuleDict(
             {n: LowRankExperts(config.num_experts, config.rank, *size, **where) for n, size in sizes.items()}
@@ -111,6 +111,11 @@ class MoLELayer(nn.Module):
         self.router = dispatch.Router(width, config.num_experts, bias=True, trainable=learns, device=first.device)
         if where["dtype"] == torch.float64:
             self.router.double()
+
+    @property
+    def linears(self) -> dict[str, nn.Module]:
+        """Linear layers by name, as they are now: ones in few bits may have taken the place of others."""
+        return {n: self.mlp.get_submodule(n) for n in self.names}
 
     def places(self) -> list[nn.Module]:
         """Return the modules of the language model whose outputs get a term."""
@@ -164,7 +169,7 @@ class MoLELayer(nn.Module):
     def _alone(self) -> bool:
         """Whether tokens may be sorted for the layer's own modules: no foreign hook depends on their order."""
         own = {id(linear): 1 for linear in self.linears.values()} | {id(self.mlp): 2}
-        return bool(self.linears) and all(hooks_on(m) == own.get(id(m), 0) for m in self.mlp.modules())
+        return bool(self.names) and all(hooks_on(m) == own.get(id(m), 0) for m in self.mlp.modules())
 
     def _few(self, x: Tensor) -> bool:
         if len(x) <= FEW or torch.compiler.is_compiling():
@@ -209,7 +214,8 @@ class MoLE(Adapter, nn.Module):
         if odd := [i for i in chosen if not 0 <= i < llm.num_layers]:
             raise ZooError(f"layers must be in 0 ... {llm.num_layers - 1}, got {odd[0]}.")
         mlps = {i: feed_forward(llm.layers[i], "adapter 'mole'") for i in chosen}
-        require_plain(mlps[chosen[0]], llm.hidden_size, "adapter 'mole'")
+        for mlp in {type(mlp): mlp for mlp in mlps.values()}.values():
+            require_plain(mlp, llm.hidden_size, "adapter 'mole'")
         self.passes = Passes(llm, self._balances, "mole")
         layer = partial(MoLELayer, config, width=llm.hidden_size, passes=self.passes)
         self.layers = nn.ModuleDict({str(i): layer(i, mlp) for i, mlp in mlps.items()})

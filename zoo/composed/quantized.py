@@ -10,12 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zoo.fusion.attach import move_hooks
 from zoo.registry import ZooError
 
 GROUP = 64  # numbers that share a scale at 4 bits
 BITS = (8, 4)
-_HOOKS = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called",
-          "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs")  # fmt: skip
 
 
 class QuantizedLinear(nn.Module):
@@ -76,8 +75,7 @@ def quantize(root: nn.Module, bits: int, keep: Callable[[str], bool] = lambda na
         for name, child in list(parent.named_children()):
             if type(child) is nn.Linear and not keep(f"{path}.{name}.weight"):
                 small = QuantizedLinear(child, bits)
-                for hooks in _HOOKS:
-                    setattr(small, hooks, getattr(child, hooks))
+                move_hooks(child, small)
                 buffers = sum(b.numel() * b.element_size() for b in small.buffers())
                 saved += child.weight.numel() * child.weight.element_size() - buffers
                 setattr(parent, name, small)

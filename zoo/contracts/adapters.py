@@ -1,5 +1,6 @@
 """Rules for adapters, each on a tiny language model, its weights moved off their start where that hides mistakes."""
 
+import copy
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -103,6 +104,22 @@ def again(case: AdapterCase) -> str:
     adapter.detach()
     adapter.attach()
     expect_close(logits(llm, adapter), wanted, "attached again, the logits", 0.0)
+    return "equal logits"
+
+
+@RULES.add("copy", "a deep copy is detached by itself, and the original too")
+def copied(case: AdapterCase) -> str:
+    llm, adapter = case.attached()
+    wanted = logits(llm, adapter)
+    adapter.condition(None, [0, 0])
+    other, its = copy.deepcopy((llm, adapter))
+    ids, mask = padded_batch()
+    its.detach()
+    expect_close(logits(llm, adapter), wanted, "with a copy detached, the logits", 0.0)
+    adapter.detach()
+    with torch.no_grad():
+        there, here = (one.lm(input_ids=ids, attention_mask=mask).logits for one in (other, llm))
+        expect_close(there, here, "the copy and the original detached, the logits", 0.0)
     return "equal logits"
 
 

@@ -207,13 +207,15 @@ def merge_adapters(model: Any) -> None:
     """Merge all adapters into the language model, for good.
 
     Raises:
-        ZooError: one cannot be merged; nothing was.
+        ZooError: one cannot be merged. Nothing was, but where it depends on its weights or on other parts: then those
+            ahead of it are merged.
     """
     refuse_adapters(model)
     for name, adapter in list(model.adapter.items()):
         adapter.merge()
         del model.adapter[name]
-        model.config.slots = {**model.config.slots, "adapter": {}}
+        left = {n: node for n, node in model.config.slots["adapter"].items() if n != name}
+        model.config.slots = {**model.config.slots, "adapter": left}
         model.steps = [s for s in model.steps if (s.kind, s.name) != ("adapter", name)]
 
 

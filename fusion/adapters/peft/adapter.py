@@ -119,6 +119,7 @@ class PeftAdapter(Adapter, nn.Module):
             self.notes += peft_folder.base_note(base, llm.lm, config.checkpoint)
         self.merged = False  # for good
         self.beginning, self.budget = nn.ModuleDict(), None
+        self._hooks: list[Any] = []  # of `beginning`
         if self.method.from_data:
             self.register_buffer("calibrated", torch.zeros((), dtype=torch.bool))  # by data, or loaded so
 
@@ -126,6 +127,8 @@ class PeftAdapter(Adapter, nn.Module):
 
     def attach(self) -> None:
         """Replace the targets by PEFT's layers; attaching again reuses the layers and weights of the first time."""
+        if self.merged:
+            return
         if self.places is not None:
             self.places.attach()
             return
@@ -134,11 +137,15 @@ class PeftAdapter(Adapter, nn.Module):
             for path in self.exclusive:
                 beginning = Beginning(self.places.layers[path], NAME)
                 self.beginning[path.replace(".", "-")] = beginning
-                add_to_output(self.lm, path, beginning.__call__)
+            self._subtract()
         if self.method.name == "adalora":
             config = self.places.made.peft_config[NAME]
             self.budget = Budget(self.places.made.base_model, config, self.places.every())
         self._read()
+
+    def _subtract(self) -> None:
+        """Let the layers subtract their terms at the start from their outputs."""
+        self._hooks = [add_to_output(self.lm, path, beginning.__call__) for path, beginning in self._beginnings()]
 
     def _read(self) -> None:
         """Read the weights of the folder that the options name, with the layers in."""
@@ -163,9 +170,12 @@ class PeftAdapter(Adapter, nn.Module):
                 f"adapter 'peft' has a term on {tied[0]!r}, whose matrix is that of {tied[1]!r} too (tied embeddings): "
                 f"merged, it would change both. Keep the adapter, or train one without {tied[0]!r} in target_modules."
             )
+        for hook in self._hooks:
+            hook.remove()
         try:
             self.places.merge(partial(subtracted, dict(self._beginnings()), self.lm))
         except (NotImplementedError, ValueError, AttributeError) as error:
+            self._subtract()
             raise ZooError(f"PEFT cannot merge {self.config.method!r}: {one_line(error)}") from error
         self.places = None
         self.beginning, self.budget, self.exclusive = nn.ModuleDict(), None, []

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from zoo.fusion.attach import keep_keys
+from zoo.fusion.attach import keep_keys, move_hooks
 
 
 class Places:
@@ -36,7 +36,8 @@ class Places:
         with _left_alone(lm):
             self.made = make()
         self.lm = lm
-        self._places: list[tuple[nn.Module, str, nn.Module, nn.Module]] = []
+        # The old module is looked up where it is needed: one in few bits may have taken its place.
+        self._places: list[tuple[nn.Module, str, str, nn.Module]] = []  # parent, name, path of the old one in the new
         self.layers: dict[str, nn.Module] = {}
         shadowed: set[int] = set()
         for (path, _, name), (parent, _, old) in zip(children, before, strict=True):
@@ -46,7 +47,7 @@ class Places:
             inside = next(inner for inner, module in new.named_modules() if module is old)
             keep_keys(new, inside)
             new.train(old.training)
-            self._places.append((parent, name, old, new))
+            self._places.append((parent, name, inside, new))
             self.layers[f"{path}.{name}" if path else name] = new
             if _replaces(new):
                 shadowed |= {id(t) for t in old.parameters()}
@@ -67,8 +68,8 @@ class Places:
     def detach(self) -> None:
         """Put the modules of the language model back."""
         if self.attached:
-            for parent, name, old, _ in self._places:
-                parent.add_module(name, old)
+            for parent, name, inside, new in self._places:
+                parent.add_module(name, new.get_submodule(inside))
             self.attached = False
 
     def to_meta(self) -> None:
@@ -77,7 +78,7 @@ class Places:
             layer.to("meta")
 
     def merge(self, around: Callable[[str], AbstractContextManager] = nullcontext) -> None:
-        """Take the layers out with their terms in the base weights.
+        """Take the layers out with their terms in the base weights; hooks that others put on them stay.
 
         Args:
             around: path of a layer -> a context in which it is merged.
@@ -99,7 +100,8 @@ class Places:
             for _, _, _, module in self._places[: len(left)]:
                 module.unmerge()
             raise
-        for (parent, name, _, _), module in zip(self._places, left, strict=True):
+        for (parent, name, _, new), module in zip(self._places, left, strict=True):
+            move_hooks(new, module)
             parent.add_module(name, module)
         self.attached = False
 
@@ -108,7 +110,8 @@ class Places:
 
         Rows of tokens are not meant, which PEFT changes in both alike.
         """
-        for path, (_, _, old, new) in zip(self.layers, self._places, strict=True):
+        for path, (_, _, inside, new) in zip(self.layers, self._places, strict=True):
+            old = new.get_submodule(inside)
             if "trainable_tokens" in type(new).__module__ or hasattr(new, "unload_and_optionally_merge_module"):
                 continue
             mine = {id(p) for p in old.parameters()}
