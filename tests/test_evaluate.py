@@ -121,6 +121,14 @@ def test_the_likeliest_option_is_chosen(model):
     assert text == max(found, key=found.get)
 
 
+def test_a_video_is_named_in_the_prompt_and_is_retrieved_as_a_picture_is():
+    content = [{"type": "video"}, {"type": "image"}, {"type": "text", "text": "what moves?"}]
+    for parts, shown in ((content[::2], 1.0), (content, 1.0), (content[2:], 0.0)):
+        dialog = Dialog([{"role": "user", "content": parts}], meta={"group": "a"})
+        assert build("task", {"name": "recall"}).score(dialog, [0.0])["_shown"] == shown
+    assert prompt_of(Dialog([{"role": "user", "content": content}])) == "<video> <image> what moves?"
+
+
 def test_a_broken_model_chooses_no_option(monkeypatch):
     scored = {0: {"a": -2.0, "b": -1.0}, 1: {"a": -2.0, "b": float("nan")}, 2: {"a": float("nan"), "b": -1.0}}
     monkeypatch.setattr(predict, "_score", lambda *given: scored)

@@ -255,6 +255,29 @@ def film(tmp_path_factory):
     return Video(str(path), frames=5), read_video(Video(str(path), frames=5)).frames
 
 
+def test_videos_and_images_are_scored_together(family, film):
+    from zoo.evaluation.evaluate import evaluate
+    from zoo.registry import Dataset, Dialog, Sample
+
+    name, _, _, _, ours, mine = family
+    if mine.videos is None:
+        pytest.skip(f"{name} takes no videos")
+    shown = {"video": film[0], "image": build.photo(40, 60)}
+
+    class Both(Dataset):
+        def __len__(self):
+            return 2
+
+        def get(self, index, epoch=0):
+            kind, source = list(shown.items())[index]
+            content = [{"type": kind}, {"type": "text", "text": "is it red?"}]
+            return Sample(kind, [source], [Dialog([{"role": "user", "content": content}], kind=kind, answers=["yes"])])
+
+    found = evaluate(ours, mine, {"both": Both()}, batch_size=2)
+    assert [row["prompt"] for row in found.predictions] == ["<video> is it red?", "<image> is it red?"]
+    assert all(line.score.n == line.blind.n == 1 for line in found.lines) and len(found.lines) == 2
+
+
 def test_video_frames_are_the_familys(family, film):
     from zoo.vision.images.video import Video
 

@@ -334,7 +334,7 @@ def _batch_size(model: Any) -> int:
 
 
 def prompt_of(dialog: Dialog) -> str:
-    """Return the text before the last assistant turn, with images as `<image>`."""
+    """Return the text before the last assistant turn, with images as `<image>` and videos as `<video>`."""
     turns = dialog.messages
     turns = turns[:-1] if turns and turns[-1]["role"] == "assistant" else turns
     return "\n".join(_text(turn["content"]) for turn in turns)
@@ -349,4 +349,4 @@ def reference_of(dialog: Dialog) -> str:
 def _text(content: Any) -> str:
     if isinstance(content, str):
         return content
-    return "".join("<image> " if p["type"] == "image" else p["text"] for p in content)
+    return "".join(p["text"] if p["type"] == "text" else f"<{p['type']}> " for p in content)

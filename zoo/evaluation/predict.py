@@ -23,6 +23,7 @@ from zoo.runs.lengths import require_room, room_for_answer
 from zoo.text.batch import EncodedSample, to_device
 from zoo.text.stops import reader_for
 from zoo.vision.images.processors import blank, stack
+from zoo.vision.images.video import Video
 
 WINDOW = 8  # batches whose dialogs are sorted by length together
 
@@ -106,20 +107,25 @@ class _Pictures:
         self.broken: dict[int, RecordError] = {}  # id of a sample -> why its images cannot be used
         self.shared = True  # features can be selected by image
         pixels: list[Any] = []
+        blanks: dict[bool, int] = {}  # whether of videos -> index of the picture of zeros
         for question in window:
             sample = question.sample
             if id(sample) in self.of or id(sample) in self.broken:
                 continue
+            films = [isinstance(source, Video) for source in sample.images]
             try:
                 with naming(sample.data, sample.where, sample.id, "image"):
-                    # The blind model's image is one picture of zeros, of the shape of the first.
-                    shown = [] if blind and pixels else processor.prepare(sample.images)
+                    # The blind model's images are one picture of zeros, of the shape of the first; so are its videos.
+                    shown = [] if blind and blanks.keys() >= set(films) else processor.prepare(sample.images)
             except RecordError as error:
                 self.broken[id(sample)] = error
                 continue
-            if blind and sample.images:
-                pixels = pixels or [blank(shown[0])]
-                self.of[id(sample)] = [0] * len(sample.images)
+            if blind:
+                for film, picture in zip(films, shown, strict=False):
+                    if film not in blanks:
+                        blanks[film] = len(pixels)
+                        pixels.append(blank(picture))
+                self.of[id(sample)] = [blanks[film] for film in films]
             else:
                 self.of[id(sample)] = list(range(len(pixels), len(pixels) + len(shown)))
                 pixels += shown

@@ -1,9 +1,9 @@
 """Retrieval by embeddings: is the text of a picture the nearest one to it, and the picture to the text?
 
 The embedding of a dialog is the hidden state behind the last token of its prompt, in a layer to choose, as models that
-were made of language models are read (E5-V: Jiang et al., arXiv:2407.12580). Dialogs with an image are compared with
-those without by the cosine; two belong together that have the same `meta["group"]`. Of equal cosines the wrong one
-comes first, so that embeddings that are all alike score 0.
+were made of language models are read (E5-V: Jiang et al., arXiv:2407.12580). Dialogs with an image or a video are
+compared with those without by the cosine; two belong together that have the same `meta["group"]`. Of equal cosines the
+wrong one comes first, so that embeddings that are all alike score 0.
 """
 
 from collections.abc import Mapping, Sequence
@@ -47,7 +47,7 @@ class Recall(Task):
         if not (group := group_of(dialog)):
             raise ZooError("Task 'recall' needs meta[\"group\"], which a picture and its text have in common.")
         contents = (turn["content"] for turn in dialog.messages)
-        shown = any(part["type"] == "image" for parts in contents if not isinstance(parts, str) for part in parts)
+        shown = any(part["type"] != "text" for parts in contents if not isinstance(parts, str) for part in parts)
         return {**group, "_shown": float(shown)}
 
     def summarise(self, rows: Sequence[Mapping[str, float]]) -> dict[str, Score]:

@@ -63,7 +63,7 @@ def _picture(image: "Image", rows: Sequence[Mapping[str, Any]]) -> "Image":
 
 
 def _lines(row: Mapping[str, Any]) -> list[tuple[str, str]]:
-    question = printable(row["prompt"].replace("<image>", "").strip())
+    question = printable(row["prompt"].replace("<image>", "").replace("<video>", "").strip())
     right = next(iter(row["scores"].values()), 0.0) >= 0.5
     wanted = "" if right else f"   ({' or '.join(map(str, row['answers'][:2]))})"
     answer = printable(f"{'+' if right else '-'} {row['prediction']}{wanted}")
