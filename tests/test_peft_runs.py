@@ -209,3 +209,9 @@ def test_corda_refuses_inputs_that_are_zero_or_not_finite(value):
         llm.lm.get_input_embeddings().weight.fill_(value)
     with pytest.raises(ZooError, match="zero in these batches, or not finite"):
         adapter.calibrate(passes(llm, [padded_batch(1, 24, pad=0)]))
+
+
+@pytest.mark.parametrize("options", [{"init_r": 8}, {"init_r": 4, "target_r": 4}])
+def test_adalora_without_ranks_to_give_up_is_refused(options):
+    with pytest.raises(ZooError, match="init_r must be more; got init_r="):
+        adapter_on(tiny_llm(), "adalora", **{"target_r": 8} | options)

@@ -110,7 +110,12 @@ class Method:
         own = {f.name for f in fields(self.config_class)}
         pinned = {k: v for k, v in _DEFAULTS.get(self.name, {}).items() if k in own}
         self.options = self._checked({**pinned, **options, **variant})
-        self.config()  # what PEFT itself refuses
+        made = self.config()  # what PEFT itself refuses
+        if self.name == "adalora" and made.init_r <= made.target_r:  # PEFT fails once the budget is to be met
+            raise ZooError(
+                f"{self.owner}: ranks fall from init_r to target_r in the mean, so init_r must be more; got "
+                f"init_r={made.init_r}, target_r={made.target_r}."
+            )
 
     @property
     def init(self) -> str:
