@@ -194,7 +194,8 @@ def _rename(state: dict[str, Tensor], old: str, new: str) -> None:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+    router = hasattr(module, "top_k")  # Llama 4 and Phi-MoE derive theirs from a linear layer, and it gives a tuple
+    return (isinstance(module, nn.Linear) and not router) or type(module).__name__ == "Conv1D"
 
 
 def means(target: str, name: str) -> bool:

@@ -133,6 +133,18 @@ def test_all_linear_is_all_but_the_vocabulary(model_type):
     assert len(own) == 2 * len(adapter.targets)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("model_type", ["llama4_text", "phimoe"])
+def test_routers_derived_from_a_linear_layer_are_none(model_type):
+    """They give a tuple, to which no term can be added."""
+    llm = tiny_llm(model_type, num_experts=4, top_k=1 if model_type == "llama4_text" else 2)
+    ids = torch.arange(5, 14)[None]
+    wanted = llm.lm(ids).logits
+    adapter = lora_on(llm)
+    assert adapter.targets and not any("router" in name for name in adapter.targets)
+    assert torch.equal(llm.lm(ids).logits, wanted)
+
+
 @pytest.mark.parametrize(
     ("targets", "found"),
     [

@@ -233,6 +233,10 @@ def test_llms_and_images_that_do_not_fit_are_refused():
         vlora_on(tiny_llm("gpt2"))
     with pytest.raises(ZooError, match=r"one generator needs inputs of one width, got q 32.* o 48"):
         vlora_on(tiny_llm("qwen3", extra={"head_dim": 12}), separate=False)
+    with pytest.raises(
+        ZooError, match=r"'q' of 'model.layers.\d' is 32 to 2048 wide and that of 'model.layers.0' 32 to 32"
+    ):
+        vlora_on(tiny_llm("gemma4_text", num_layers=3, extra={"hidden_size_per_layer_input": 0}))
     with pytest.raises(ZooError, match="the slot vision is empty"):
         node = {"name": "vlora", **SMALL["vlora"]}
         registry.build("adapter", node, llm=tiny_llm(), vision_dim=None, grid=None)

@@ -50,13 +50,22 @@ def find_sites(llm: Any, types: str, skip: int, who: str) -> list[Site]:
         who: the adapter, for messages.
 
     Raises:
-        ZooError: there are fewer layers than `skip`, or the LLM has no such weights.
+        ZooError: there are fewer layers than `skip`, the LLM has no such weights, or they differ in size.
     """
     if llm.num_layers < skip:
         raise ZooError(f"{who}: skip={skip} is more than the {llm.num_layers} layers of the LLM.")
     names = {id(module): name for name, module in llm.lm.named_modules()}
     chosen = [layer for number, layer in enumerate(llm.layers) if (number + 1) % skip == 0]
-    return [_site(llm, layer, names[id(layer)], types, who) for layer in chosen]
+    sites = [_site(llm, layer, names[id(layer)], types, who) for layer in chosen]
+    for site in sites:
+        for t in types:
+            if site.widths[t] != sites[0].widths[t]:
+                (a, b), (c, d) = sites[0].widths[t], site.widths[t]
+                raise ZooError(
+                    f"{who}: {t!r} of {site.layer!r} is {c} to {d} wide and that of {sites[0].layer!r} {a} to {b}, and "
+                    "factors of a type are of one size. Take another skip, or types without it."
+                )
+    return sites
 
 
 def _site(llm: Any, layer: Any, prefix: str, types: str, who: str) -> Site:
