@@ -224,6 +224,13 @@ class Adapter(ModelPart):
         """Write files of its own beside the weights of a saved model, in a format of others."""
 
 
+# Words that a distiller may need, beside `batch.<key>`.
+OF_DISTILLERS = (
+    "student.image", "student.prefix", "student.hidden", "student.logits", "teacher.response", "teacher.visual",
+    "teacher.relation", "teacher.pairs", "teacher.hidden", "teacher.logits",
+)  # fmt: skip
+
+
 class Distiller(Part):
     """A loss beside the answer loss; with a teacher, or with dense targets of the data set.
 

@@ -7,6 +7,7 @@ loaded on that account: the user is asked to name them; for own runs, `zoo.runs.
 `declare`s its components, as our own folders do, costs no import of torch when names are listed.
 """
 
+import copyreg
 import os
 import sys
 import traceback
@@ -18,7 +19,10 @@ from hashlib import sha256
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from importlib.util import module_from_spec, spec_from_file_location
+from operator import attrgetter
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 from zoo.registry.errors import ZooError
 from zoo.registry.packages import FILE_PLUGIN
@@ -229,6 +233,30 @@ def _load_file(path: Path) -> None:
     except BaseException:
         del sys.modules[name]
         raise
+    _say_where(module)
+
+
+def _say_where(module: ModuleType) -> None:
+    """Let instances of a file's classes be unpickled where it is not loaded: in loader workers that are spawned."""
+    for cls in list(vars(module).values()):
+        own = isinstance(cls, type) and cls.__module__ == module.__name__
+        if own and cls.__reduce_ex__ is object.__reduce_ex__ and cls.__reduce__ is object.__reduce__:
+            cls.__reduce_ex__ = _with_place  # type: ignore[method-assign]
+
+
+def _with_place(part: Any, protocol: Any) -> Any:
+    made, cls = object.__reduce_ex__(part, protocol), type(part)
+    module = sys.modules.get(cls.__module__)
+    if made[0] is not copyreg.__newobj__ or module is None or not cls.__module__.startswith(FILE_PLUGIN):
+        return made
+    return _again, (module.__file__, cls.__module__, cls.__qualname__, *made[1][1:]), *made[2:]
+
+
+def _again(place: str, module: str, name: str, *args: Any) -> Any:
+    if module not in sys.modules:
+        require({place: place})
+    cls = attrgetter(name)(sys.modules[module])
+    return cls.__new__(cls, *args)
 
 
 def _components() -> set[str]:

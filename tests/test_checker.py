@@ -94,6 +94,21 @@ def parts_with_needs():
         del registry.table._entries[kind][name]
 
 
+@pytest.mark.parametrize(
+    ("kind", "name", "given", "meant"),
+    [
+        ("pruner", "needs_cls", "cls_atention", "cls_attention"),
+        ("adapter", "needs_moe", "mo", "moe"),
+        ("distiller", "needs_teacher", "teacher.logit", "teacher.logits"),
+    ],
+)
+def test_a_misspelt_need_names_the_nearest(monkeypatch, kind, name, given, meant):
+    monkeypatch.setattr(registry.get(kind, name).cls, "needs", frozenset({given}))
+    slots = stage(distiller=name, teacher="scenes_tiny") if kind == "distiller" else {kind: {name: {}}}
+    with pytest.raises(RefusedError, match=f"'?{given}'?.*Did you mean '{meant}'"):
+        check(plan_with(slots), fixes=0)
+
+
 def vision(**options):
     return {"vision": {**TIMM, **options}}
 

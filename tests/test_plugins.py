@@ -1,7 +1,9 @@
 """Components from outside: installed, named, from a file; and that a broken one breaks nothing else."""
 
+import copy
 import importlib
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -12,7 +14,7 @@ import pytest
 from zoo import ZooError
 from zoo.cli import doctor
 from zoo.cli.entry import main
-from zoo.registry import packages, plugins
+from zoo.registry import build, packages, plugins
 from zoo.settings.config import compose
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,6 +36,28 @@ class Mine(nn.Module):
         return n
     def forward(self, image):
         return image
+'''
+DATA = '''
+from dataclasses import dataclass, field
+from zoo.registry import Dataset, register
+
+@dataclass
+class Config:
+    size: int = 2
+
+class Letters:
+    def __getitem__(self, index):
+        return "abc"[index]
+
+@register("dataset", "mine")
+class Mine(Dataset):
+    """Letters."""
+    def __init__(self, config: Config) -> None:
+        self.config, self.letters = config, Letters()
+    def __len__(self):
+        return self.config.size
+    def get(self, index, epoch=0):
+        return self.letters[index]
 '''
 
 
@@ -254,6 +278,18 @@ def test_a_neighbour_that_a_file_imports(tmp_path):
     (found,) = plugins.load([str(tmp_path / "mine.py")])
     said = "No module named 'helping' (mine.py, line 1). 'helping' lies beside the file, where Python does not look"
     assert found.error == f"ModuleNotFoundError: {said}: set PYTHONPATH={tmp_path}"
+
+
+def test_a_part_of_a_file_goes_to_a_process_that_has_not_loaded_it(tmp_path):
+    """As a data set to loader workers that are spawned."""
+    file = tmp_path / "mine.py"
+    file.write_text(DATA)
+    plugins.require([str(file)])
+    part = build("dataset", {"name": "mine", "size": 3})
+    assert copy.deepcopy(part).get(1) == part.get(1) and len(plugins.status()) == 1
+    program = "import pickle, sys; part = pickle.load(sys.stdin.buffer); print(len(part), part.get(1))"
+    done = subprocess.run([sys.executable, "-c", program], input=pickle.dumps(part), capture_output=True, check=False)
+    assert done.stdout.decode().split(maxsplit=1) == ["3", f"{part.get(1)}\n"], done.stderr.decode()
 
 
 def test_a_file_that_was_changed_since_is_named_once(tmp_path, recwarn):

@@ -95,6 +95,16 @@ def test_nothing_is_written_over_and_nothing_is_half_written(saved, capsys, monk
     assert sorted(path.name for path in Path().iterdir()) == ["mine", "there"]
 
 
+def test_a_link_stays_one_and_is_written_to_where_it_points(saved, capsys):
+    Path("disk").mkdir()
+    for link, target in (("a", Path("disk")), ("b", Path("disk/later/out"))):  # an empty folder, and none yet
+        Path(link).symlink_to(target)
+        assert main(["export", "mine", link, "--format", "safetensors"]) == 0
+        assert f"Wrote {target.absolute()}, " in capsys.readouterr().out
+        assert Path(link).is_symlink() and (target / "config.json").is_file()
+        shutil.rmtree(target)
+
+
 REFUSED = {
     "a flag": (["--formt", "gguf"], "zoo export has no flag '--formt'. Did you mean '--format'?"),
     "a type of another format": (["--type", "f32"], "--type is of --format gguf, and this export is hf"),

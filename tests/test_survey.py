@@ -17,6 +17,7 @@ from zoo.cli.entry import main
 from zoo.inspection.survey import Look, Tally, survey
 from zoo.registry import IGNORE_INDEX, Dataset, ZooError
 from zoo.runs.lengths import length_of
+from zoo.runs.scored import chosen
 
 
 class Talks(Dataset):
@@ -58,6 +59,16 @@ def test_a_stream_is_looked_through_up_to_a_limit(make_model):
     alone, stream = looked(Talks(), processor, limit=30), looked(RaisingStream(Talks()), processor, limit=30)
     assert stream.lengths == alone.lengths and len(stream.broken) == len(alone.broken)
     assert alone.kinds()["length"] == sum(n > 30 for n in alone.lengths) > 0
+
+
+def test_a_limit_draws_records_of_the_whole(make_model):
+    processor, whole, head = make_model()[1], Tally(), Tally()
+    for part in survey("d", Talks(), Look(processor, None, False), limit=600):
+        whole.add(part)
+    assert whole.places == [f"record {i} (n{5 if i == 901 else i})" for i in chosen("d", Talks(), 600) if i != 700]
+    for part in survey("d", RaisingStream(Talks()), Look(processor, None, False), limit=20):
+        head.add(part)
+    assert head.places == [f"record {i} of the stream (n{i})" for i in range(20)]
 
 
 @pytest.fixture

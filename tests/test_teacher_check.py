@@ -197,6 +197,8 @@ def test_a_teacher_that_is_the_student_is_refused(teachers):
         check(replace(own, stages=stages))
     pruned = {**own.slots, "pruner": {"random": {"name": "random"}}}
     check(replace(own, stages=stages, slots=pruned))  # learning to do with fewer tokens is something else
+    check(replace(own, stages={"dft": replace(stages["dft"], keep_range=[0.2, 0.8])}))
+    check(replace(own, stages={"first": Stage(steps=1), **stages}))  # and so is staying near what it was
 
 
 def test_rows_that_the_teacher_cannot_keep_apart_are_refused(teachers):

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shutil
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -311,9 +312,17 @@ def test_a_teacher_that_was_trained_on_does_not_go_on_with_its_store(tmp_path, t
     save_teacher(tmp_path / "model", tokenizer, seed=6)
     with pytest.raises(ZooError, match="begun with another state of the teacher's weights"):
         main(cfg())
+    warned = pytest.warns(UserWarning, match=r"'dir:.*' has other weights than when '.*kept' was stored.*teach.folder")
+    with warned, pytest.raises(ZooError, match="is not in the store"):  # which is of two samples
+        Run(taught(tmp_path, name, {"dft": from_store(folder)}, f"run.folder={tmp_path / 'run'}")).train()
+    save_teacher(tmp_path / "model", tokenizer)
+    assert not TeacherStore(folder).teacher_has_changed()
+    shutil.rmtree(tmp_path / "model")
+    assert not TeacherStore(folder).teacher_has_changed()  # the store does without it
+    save_teacher(tmp_path / "model", tokenizer, seed=6)
     about = read_about(folder)
     (folder / "store.json").write_text(
-        json.dumps({k: v for k, v in about.items() if k not in ("weights", "precision")})
+        json.dumps({k: v for k, v in about.items() if k not in ("weights", "precision", "files")})
     )
     main(cfg())  # of an earlier version, which noted neither
 

@@ -39,12 +39,15 @@ def check_teacher(name: str, stage: Any, distiller: Distiller, model: Any, plan:
     """
     node = stage.teacher_node
     theirs, tokenizer = _teacher(node["model"], tuple(node["options"]))
-    # Equal parts with equal weights give equal outputs: every loss would be 0, and the stage train nothing.
+    # Equal parts with equal weights give equal outputs: its losses begin at 0, and then hold the student back. Behind
+    # an earlier stage the weights differ, and a student that is given some of its image tokens computes something else.
     itself = theirs.origin and theirs.origin == plan.origin and theirs.slots == plan.slots
-    if itself and not distiller.own_reference:
+    apart = distiller.own_reference or stage.keep_range or name != next(iter(plan.stages), name)
+    if itself and not apart:
         raise ZooError(
             f"the teacher {node['model']!r} is the student itself: the same parts with the same weights have nothing "
-            "to learn from each other. Give the student a pruner or other parts, or name another teacher"
+            f"to learn from each other. Give the student a pruner or other parts, hide image tokens from it "
+            f"(stages.{name}.keep_range), or name another teacher"
         )
     shared = _check_tokens(node["model"], plan, tokenizer)
     with torch.device("meta"):

@@ -1,5 +1,6 @@
 """`zoo export MODEL [OUT]`: write a model for other programs, or whole for zoo on another machine."""
 
+import os
 import re
 import shlex
 from collections.abc import Iterator, Sequence
@@ -32,6 +33,7 @@ def main(words: Sequence[str]) -> int:
     _check(args)
     name = model_word(args.model)
     out = Path(args.out or f"{label_of(name)}-{args.format}").expanduser()
+    out = Path(os.path.realpath(out)) if out.is_symlink() else out  # a link stays, and is written to where it points
     require_free(out)
     from zoo.loading.build import load  # after the checks above, which need no torch
 

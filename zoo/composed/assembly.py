@@ -20,6 +20,7 @@ from zoo.composed import native
 from zoo.composed.behind import windows
 from zoo.composed.front import in_front, put_in_front
 from zoo.registry import Adapter, Distiller, Encoder, LanguageModel, Layout, Part, Projector, Pruner, ZooError
+from zoo.registry.llm_parts import OF_DISTILLERS
 from zoo.registry.part import base_of, block_of
 
 # Capabilities that a pruner may need and that hold only once the LLM is built: checked after the adapters.
@@ -31,6 +32,7 @@ _UNFORESEEN = (RuntimeError, TypeError, ValueError, ArithmeticError, LookupError
 # What an encoder computes only where a part needs it: attention scores of every image cost memory.
 ON_REQUEST = frozenset({"cls_attention", "key_attention", "keys", "pooling_head", "prefix_tokens", "text_tower"})
 ON_REQUEST |= {"next_block", "summary"}
+KNOWN = ALWAYS | CHECKED_AFTER_LLM | ON_REQUEST | {"grid", "dense"}  # words of the zoo, for the nearest one
 SCORES = frozenset({"cls_attention", "key_attention", "pooling_head"})  # of them, a number for each patch
 
 
@@ -438,10 +440,12 @@ def _misfit(
     what = ", ".join(sorted(missing))
     how = f"{source} destroys it" if destroyed else f"{source} does not give it"
     how += f": {why.removesuffix('.')}" if why else ""
+    near = [n for word in sorted(missing) if base_of(word) not in KNOWN for n in registry.nearest(word, KNOWN | holds)]
+    hint = f" Did you mean {near[0]!r}?" if near else ""
     return MisfitError(
         (kind, name),
         f"{'destroyed' if destroyed else 'missing'}: {what}",
-        f"{kind} {name!r} needs {what}, but {how}. What holds there: {', '.join(sorted(holds)) or 'nothing'}.",
+        f"{kind} {name!r} needs {what}, but {how}.{hint} What holds there: {', '.join(sorted(holds)) or 'nothing'}.",
     )
 
 
@@ -456,4 +460,8 @@ def build_distiller(model: Any, node: Mapping[str, Any]) -> Distiller:
         vocab_size=model.llm.vocab_size,
         grid=vision.token_grid if vision is not None else None,
     )
+    for word in sorted(made.needs):
+        if word not in OF_DISTILLERS and not word.startswith("batch."):
+            what = f"word that distiller {node['name']!r} may need, beside batch.<key>,"
+            raise registry.unknown(what, word, OF_DISTILLERS)
     return made

@@ -7,12 +7,9 @@ import torch
 from zoo.contracts.case import Case, add_options_rule
 from zoo.contracts.rules import NotForThisPart, Rules, expect
 from zoo.registry import Distiller, build, nearest
+from zoo.registry.llm_parts import OF_DISTILLERS as NEEDS
 
 RULES = Rules()
-NEEDS = (
-    "student.image", "student.prefix", "student.hidden", "student.logits", "teacher.response", "teacher.visual",
-    "teacher.relation", "teacher.pairs", "teacher.hidden", "teacher.logits",
-)  # fmt: skip
 
 
 class DistillerCase(Case):

@@ -5,7 +5,7 @@ Each record is read and its text encoded as in training, with the processor of t
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from zoo.registry import IGNORE_INDEX, LengthError, RecordError, Sample, naming, placed, read_sample
 from zoo.runs.lengths import length_of
+from zoo.runs.scored import chosen
 from zoo.vision.images.decode import open_image
 from zoo.vision.images.processors import Picture, has_several
 from zoo.vision.images.video import Video
@@ -132,15 +133,15 @@ class Look:
 class _Chunks(Dataset):
     """Maps a part of a data set to its tally."""
 
-    def __init__(self, name: str, dataset: Any, look: Look, total: int) -> None:
-        self.name, self.dataset, self.look, self.total = name, dataset, look, total
+    def __init__(self, name: str, dataset: Any, look: Look, which: Sequence[int]) -> None:
+        self.name, self.dataset, self.look, self.which = name, dataset, look, which
 
     def __len__(self) -> int:
-        return -(-self.total // CHUNK)
+        return -(-len(self.which) // CHUNK)
 
     def __getitem__(self, number: int) -> Tally:
         tally = Tally()
-        for index in range(number * CHUNK, min(self.total, (number + 1) * CHUNK)):
+        for index in self.which[number * CHUNK : (number + 1) * CHUNK]:
             self.look.at(read_sample(self.name, self.dataset, index), tally)
         return tally
 
@@ -152,7 +153,7 @@ def survey(name: str, dataset: Any, look: Look, *, limit: int | None = None, wor
         name: of the data.
         dataset: indexed, or a stream, which one process reads.
         look: reads and counts records.
-        limit: number of records; None: all.
+        limit: number of records, drawn as for an evaluation (`chosen`), of a stream the first ones; None: all.
         workers: number of processes; 0: this one.
     """
     if dataset.is_stream:
@@ -166,7 +167,7 @@ def survey(name: str, dataset: Any, look: Look, *, limit: int | None = None, wor
             yield tally
         return
     # Chunks instead of records: a worker sends one tally for many records.
-    chunks = _Chunks(name, dataset, look, len(dataset) if limit is None else min(limit, len(dataset)))
+    chunks = _Chunks(name, dataset, look, chosen(name, dataset, limit))
     yield from DataLoader(chunks, batch_size=None, num_workers=workers)
 
 

@@ -23,6 +23,7 @@ from zoo.loading.build import processor_alone
 from zoo.registry import ZooError
 from zoo.runs.data import RunData
 from zoo.runs.progress import Display
+from zoo.runs.scored import chosen
 from zoo.settings.stage import stages_of
 from zoo.storage.atomic import write_json, writing
 
@@ -44,12 +45,23 @@ def main(cfg: DictConfig) -> int:
     for name, dataset in {**data.all, **{f"{n} (eval)": d for n, d in _evaluated(data).items()}}.items():
         tally, seconds, cores = _surveyed(name, dataset, look, cfg, display)
         reports[name] = report = summary(tally, seconds, cores, limits)
-        _show(console, f"{name}, as {cfg.model.name or 'the model'} reads it", report, tally, cfg.survey.examples)
+        title = f"{name}{_part(name, dataset, cfg.limit)}, as {cfg.model.name or 'the model'} reads it"
+        _show(console, title, report, tally, cfg.survey.examples)
     if cfg.survey.json:
         with writing(repr(cfg.survey.json), "Choose another place with survey.json=<file>."):
             write_json(Path(cfg.survey.json), reports)
         console.print(f"All figures are in {cfg.survey.json}", soft_wrap=True, highlight=False, markup=False)
     return int(any(report["broken"]["records"] for report in reports.values()))
+
+
+def _part(name: str, dataset: Any, limit: int | None) -> str:
+    """Say which records are surveyed, where they are not all."""
+    if limit is None or (not dataset.is_stream and limit >= len(dataset)):
+        return ""
+    if dataset.is_stream:
+        return f", the first {limit:,} records"
+    first = isinstance(chosen(name, dataset, limit), range)
+    return f", {'the first ' * first}{limit:,} of {len(dataset):,} records{', drawn' * (not first)}"
 
 
 def _evaluated(data: RunData) -> dict[str, Any]:

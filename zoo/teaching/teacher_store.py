@@ -26,14 +26,17 @@ import torch
 
 from zoo.registry import IGNORE_INDEX, RecordError, Sample, ZooError, naming, read_sample, refuse_code
 from zoo.registry.foreign import read_json
+from zoo.settings.source import source_named
 from zoo.storage.atomic import write_json
 from zoo.storage.shards import Place, Shards, key_of, keys_of, offsets_of, shards_of, write_shard
+from zoo.storage.weights import fingerprint
 from zoo.text.batch import EncodedSample
 from zoo.vision.images.identity import identify
 from zoo.vision.images.processors import Picture
 
 INDEX = "store.json"
 FORMAT = 2
+FILES = "files"  # in `store.json`: the fingerprint of the teacher's files, where they lie on this machine
 LATER = ("precision", "weights")  # settings that stores of an earlier version do not state
 PROBES = 16  # samples of each data set whose images are part of its hash
 STORED = RESPONSE, VISUAL, PAIRS = "response", "visual", "pairs"
@@ -110,7 +113,7 @@ class Writer:
         if (folder / INDEX).is_file():
             before = read_about(folder)
             for key, value in about.items():
-                if before.get(key) != value and (key in before or key not in LATER):
+                if key != FILES and before.get(key) != value and (key in before or key not in LATER):
                     what = "state of the teacher's weights" if key == "weights" else key
                     raise ZooError(
                         f"The store {str(folder)!r} was begun with another {what}: {_short(before.get(key))}, now "
@@ -141,6 +144,12 @@ class Writer:
             tensors |= {f"{positions}.{what}": torch.cat([p[what] for p in parts]).contiguous() for what in WHAT}
         write_shard(self.folder / f"shard-{self.number:05d}.safetensors", [key for key, _ in samples], tensors)
         self.number += self.world
+
+
+def files_of(node: Mapping[str, Any]) -> str:
+    """Return the fingerprint of a teacher's files; empty where they are not on this machine."""
+    place = source_named(node["model"], *node["options"]).present
+    return "" if place is None else fingerprint(place)
 
 
 def read_about(folder: Path) -> dict[str, Any]:
@@ -233,6 +242,14 @@ class TeacherStore:
         names = {what: f"{positions}.{what}" for what in WHAT}
         found = self.shards.read(place, f"{positions}.offsets", list(names.values()))
         return {what: found[name] for what, name in names.items()}
+
+    def teacher_has_changed(self) -> bool:
+        """Whether the teacher has other weights than it had for the store, as far as its files are on this machine."""
+        try:
+            now = files_of(self.about["teacher"])
+        except (ZooError, OSError):
+            return False  # it is not needed any more
+        return bool(now) and now != self.about.get(FILES, now)
 
     def verify(self, datasets: Mapping[str, Any]) -> None:
         """Refuse data other than the teacher's.

@@ -1,6 +1,7 @@
 """What a stage compares its model with: the distiller, and the teacher, loaded or stored."""
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +9,10 @@ from zoo.composed.assembly import build_distiller
 from zoo.loading.build import load_teacher
 from zoo.registry import Distiller, ZooError
 from zoo.runs.sharding import may_share, shard_layers
-from zoo.settings.source import source_named
 from zoo.settings.stage import Stage
-from zoo.storage.weights import fingerprint, sha256_of
+from zoo.storage.weights import sha256_of
 from zoo.teaching.teacher import Teacher, TeacherRows
-from zoo.teaching.teacher_store import INDEX, TeacherStore
+from zoo.teaching.teacher_store import INDEX, TeacherStore, files_of
 from zoo.text.tokenizer import shared_tokens, tokens_hash
 
 
@@ -71,8 +71,8 @@ class StageTeachers:
         node, progress, who, now = stage.teacher_node, self.run.progress, "", ""
         if node is not None and node["store"]:
             who, now = node["store"], sha256_of(Path(node["store"]) / INDEX)
-        elif node is not None and (place := source_named(node["model"], *node["options"]).present) is not None:
-            who, now = node["model"], fingerprint(place)
+        elif node is not None and (now := files_of(node)):
+            who = node["model"]
         before, _, was = progress.teacher.rpartition(" ")
         if progress.step and who == before and now != was:
             raise ZooError(
@@ -92,4 +92,10 @@ class StageTeachers:
             )
         mix = self.run.data.mix(stage, 0)
         stored.verify(dict(zip(mix.names, mix.datasets, strict=True)))
+        if stored.teacher_has_changed() and self.run.accelerator.is_main_process:
+            warnings.warn(
+                f"The teacher {stored.about['teacher']['model']!r} has other weights than when {folder!r} was stored: "
+                "the stage learns from its outputs of then. Run zoo teach with another teach.folder for those of now.",
+                stacklevel=2,
+            )
         return stored, stored

@@ -42,7 +42,18 @@ from zoo.settings.stage import Stage, stages_of
 from zoo.storage.atomic import write_text
 from zoo.storage.precision import autocast, fast_products, resolve_precision
 from zoo.teaching.teacher import Teacher
-from zoo.teaching.teacher_store import PAIRS, RESPONSE, STORED, VISUAL, Writer, data_hash, draws_pictures, sample_key
+from zoo.teaching.teacher_store import (
+    FILES,
+    PAIRS,
+    RESPONSE,
+    STORED,
+    VISUAL,
+    Writer,
+    data_hash,
+    draws_pictures,
+    files_of,
+    sample_key,
+)  # fmt: skip
 from zoo.text.batch import EncodedSample, collate, to_device
 from zoo.text.tokenizer import tokens_hash
 
@@ -101,6 +112,7 @@ def _stored(cfg: DictConfig, name: str, stage: Stage, accelerator: Any) -> Path:
         "teacher": stage.teacher_node,
         "precision": precision,
         "weights": weights_hash(model),
+        FILES: files_of(stage.teacher_node or {}),
         "k": k,
         "dtype": cfg.teach.dtype,
         "positions": [p for p in STORED if f"teacher.{p}" in needs],
