@@ -281,6 +281,9 @@ def test_tokenizers_that_cannot_end_an_answer_are_refused(tokenizer, tmp_path):
     again.eos_token = None
     again.save_pretrained(tmp_path / "ends")  # its template ends answers with a token, which becomes that of the end
     check(Plan(tiny_slots(), tokenizer=str(tmp_path / "ends")))
+    for about in ({"tokenizer": str(tmp_path / "ends")}, {"vocab_size": 512, "template": "plain"}):
+        with pytest.raises(ZooError, match="No variable of the chat template named 'enable_thinking'"):
+            check(Plan(tiny_slots(), **about, template_options={"enable_thinking": False}), fixes=0)
     again.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
     again.save_pretrained(tmp_path / "no_end")
     with pytest.raises(ZooError, match="no end-of-sequence token"):

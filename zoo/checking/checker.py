@@ -37,7 +37,7 @@ from zoo.storage.weights import require_fit, weight_files
 from zoo.text.markup import cell
 from zoo.text.sizes import bytes_text, count_text, size_text
 from zoo.text.terminal import console, say
-from zoo.text.tokenizer import CHAT_TEMPLATES, require_vocab_size
+from zoo.text.tokenizer import CHAT_TEMPLATES, require_variables, require_vocab_size, set_template_options
 
 _MOST_TRIES = 60  # candidate fixes that are tried before the search gives up
 _SECONDS = 8.0  # of computing after which it gives up, too
@@ -235,7 +235,9 @@ def _check_tokenizer(plan: Plan) -> int | None:
     if plan.template and plan.template not in CHAT_TEMPLATES:
         raise registry.unknown("chat template", plan.template, CHAT_TEMPLATES)
     if plan.tokenizer is not None:
-        return len(tokenizer_at(plan.tokenizer, plan.template))
+        return len(set_template_options(tokenizer_at(plan.tokenizer, plan.template), plan.template_options))
+    if plan.made is None and plan.template:  # else it comes with weights that are still to be fetched, or is trained
+        require_variables(plan.template_options, CHAT_TEMPLATES[plan.template][0])
     if plan.vocab_size is not None:
         require_vocab_size(plan.vocab_size, plan.template or "plain")
     return plan.vocab_size

@@ -21,6 +21,7 @@ class Plan:
     vocab_size: int | None = None  # of the tokenizer, where it is loaded or its size is known
     tokenizer: str | None = None  # hub name or folder of one that is still to be loaded
     template: str = ""  # name of a built-in chat template; empty: the tokenizer's own
+    template_options: Mapping[str, Any] = field(default_factory=dict)  # of its variables
     placeholders: int | None = None  # that a saved processor writes for each image; None: it is made anew
     stages: dict[str, Any] = field(default_factory=dict)  # name -> Stage
     data: tuple[str, ...] = ()  # names of the data that stages may mix
@@ -53,6 +54,7 @@ def plan_for(source: Source, tokenizer: Any = None) -> Plan:
         vocab_size=vocab_size,
         tokenizer=place,
         template=source.tokenizer["chat_template"],
+        template_options=source.tokenizer["template_options"],
         stages=source.stages,
         data=tuple(source.data),
         positions=source.positions,

@@ -148,13 +148,23 @@ def set_template_options(tokenizer: Any, options: Mapping[str, Any]) -> Any:
         if not isinstance(value, (bool, int, float, str)):
             raise ZooError(f"tokenizer.template_options.{name} must be true, false, a number or a text, got {value!r}.")
         template = tokenizer.get_chat_template()
-        known = variables_of(template) - {"messages", "tools", "documents", "add_generation_prompt"}
-        if name not in known:
-            raise unknown("variable of the chat template", name, known)
+        require_variables([name], template)
         line = "{% set " + f"{name} = {name} | default({value!r})" + " %}"
         if line not in template:  # a saved template has them already
             tokenizer.chat_template = line + ("\n" if template.startswith("\n") else "") + template
     return tokenizer
+
+
+def require_variables(names: Iterable[str], template: str) -> None:
+    """Refuse names that a chat template has no variable of, and those of what it is always given.
+
+    Raises:
+        ZooError: with the nearest.
+    """
+    known = variables_of(template) - {"messages", "tools", "documents", "add_generation_prompt"}
+    for name in names:
+        if name not in known:
+            raise unknown("variable of the chat template", name, known)
 
 
 def fit_tokenizer(tokenizer: Any, source: str, template: str = "") -> Any:
