@@ -48,10 +48,15 @@ def options_in(file: Path, kind: str, name: str) -> list[Option]:
     A default that is made by code is None.
     """
     try:
-        text = SourceText(file)
-        return text.options(text.component(kind, name))
+        return list(_options_in(file, file.read_text(encoding="utf-8"), kind, name))
     except UNSAID:
         return []
+
+
+@lru_cache(maxsize=256)  # one config asks for those of ten components, which it chose or may have meant
+def _options_in(file: Path, text: str, kind: str, name: str) -> list[Option]:
+    source = SourceText(file)
+    return source.options(source.component(kind, name))
 
 
 def presets_in(file: Path, kind: str, name: str) -> Any:

@@ -330,6 +330,17 @@ def test_presets_made_in_this_process_do_not_slow_later_configs():
     assert OmegaConf.to_yaml(compose("load")) == before
 
 
+def test_a_config_like_one_before_parses_no_component_again(monkeypatch):
+    """It was a third of the time of composing one. The first imports some components, the second asks those."""
+    import ast
+
+    words, parse, parsed = ["pruner=[random]"], ast.parse, []
+    before = [OmegaConf.to_yaml(compose("train", words)) for _ in range(2)]
+    monkeypatch.setattr(ast, "parse", lambda *args, **options: parsed.append(args) or parse(*args, **options))
+    assert [OmegaConf.to_yaml(compose("train", words)), before[0]] == before
+    assert not parsed
+
+
 def test_parts_without_a_model_start_as_they_are(tmp_path):
     """Neither a composition from parts nor a recipe that names its own parts takes options of the default model."""
     (tmp_path / "recipe").mkdir()
