@@ -55,7 +55,7 @@ def model(make_model):
 
 
 def test_any_batch_size_gives_the_same(model):
-    results = [evaluate(*model, {"talks": Talks(), "choices": Choices()}, batch_size=b) for b in (1, 7, 64)]
+    results = [evaluate(*model, {"talks": Talks(6), "choices": Choices(5)}, batch_size=b) for b in (1, 7, 64)]
     assert len({r["prediction"] for r in results[0].predictions}) > 5, "the model says different things"
     for other in results[1:]:
         assert other.predictions == results[0].predictions

@@ -66,29 +66,38 @@ def hub():
     server.server_close()
 
 
-def fetched(home, **env):
-    """What a fresh process says the folder of org/tiny is, or its error; the hub's settings are read at import."""
-    code = "from zoo.storage.weights import local_folder; print(local_folder('org/tiny'))"
+FETCH = """
+import sys
+from zoo.storage.weights import local_folder
+for name in sys.argv[1:]:
+    try:
+        print(local_folder(name))
+    except Exception as error:
+        print(str(error).replace("\\n", " "))
+"""
+
+
+def fetched(home, *names, **env):
+    """What a fresh process says the folders of these names are, or why not; the hub's settings are read at import."""
     clean = {k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy") and not k.startswith("HF_")}
     env = {**clean, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "OMP_NUM_THREADS": "1", **env}
     env["PYTHONPATH"] = str(Path(__file__).resolve().parents[1])
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=env)
-    return done.stdout.strip() if done.returncode == 0 else done.stderr.strip().splitlines()[-1]
+    done = subprocess.run([sys.executable, "-c", FETCH, *names], capture_output=True, text=True, check=False, env=env)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
 
 
 def test_a_broken_download_goes_on_and_offline_means_offline(hub, tmp_path):
     address, asked = hub
-    folder = Path(fetched(tmp_path, HF_ENDPOINT=address))
+    folder = Path(*fetched(tmp_path, "org/tiny", HF_ENDPOINT=address))
     assert folder.name == COMMIT and folder.is_relative_to(tmp_path), folder
     assert {f.name for f in folder.iterdir()} == {"config.json", "model.safetensors"}, "no code is fetched"
     assert (folder / "model.safetensors").read_bytes() == LARGE
     assert [r for path, r in asked if "safetensors" in path] == [None, f"bytes={KEPT}-"], "asked for the rest only"
     assert not any("run.py" in path for path, _ in asked)
     asked.clear()
-    assert fetched(tmp_path, HF_ENDPOINT=address, HF_HUB_OFFLINE="1") == str(folder)
-    assert "not in the cache and cannot be fetched" in fetched(
-        tmp_path / "other", HF_ENDPOINT=address, HF_HUB_OFFLINE="1"
-    )
+    there, refused = fetched(tmp_path, "org/tiny", "org/other", HF_ENDPOINT=address, HF_HUB_OFFLINE="1")
+    assert there == str(folder) and "not in the cache and cannot be fetched" in refused
     assert not asked
 
 

@@ -1,16 +1,13 @@
 """Processes find each other however they were started, and none takes itself for the only one."""
 
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
+from tests.killed_runs import SERVER, served
 from zoo.registry import ZooError
 from zoo.runs.launchers import adopt_launcher, first_host, is_first, place_of
 
-ROOT = Path(__file__).parent.parent
 STEP = {
     "SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_NODEID": "1", "SLURM_NTASKS": "7", "SLURM_STEP_NUM_TASKS": "7",
     "SLURM_STEP_TASKS_PER_NODE": "4,3", "SLURM_STEP_NODELIST": "gpu[007-008]", "SLURM_JOB_ID": "4711",
@@ -115,31 +112,32 @@ def test_what_is_refused(environment, words):
     assert all(word in str(error.value) for word in words), error.value
 
 
+def task(file, variables):
+    """What each task of the next test does."""
+    import torch
+    from torch import distributed as dist
+
+    from zoo.runs.processes import start_accelerator
+
+    os.environ |= variables
+    a = start_accelerator("cpu")
+    x = torch.tensor([a.process_index + 1.0])
+    dist.all_reduce(x)
+    file.write_text(f"{a.process_index} {a.num_processes} {a.is_main_process} {x.item()}")
+    dist.destroy_process_group()
+
+
 def test_two_tasks_of_srun_are_one_group(tmp_path):
     """Real processes, with the variables that SLURM 23.11 sets on one node; each tells its rank and the sum of both."""
-    script = tmp_path / "task.py"
-    script.write_text(
-        "import torch, torch.distributed as dist\n"
-        "from zoo.runs.processes import start_accelerator\n"
-        "a = start_accelerator('cpu')\n"
-        "x = torch.tensor([a.process_index + 1.0]); dist.all_reduce(x)\n"
-        "print(a.process_index, a.num_processes, a.is_main_process, x.item())\n"
-        "dist.destroy_process_group()\n"
-    )
     step = STEP | {"SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "2"}
     step |= {"SLURM_STEP_NODELIST": "localhost", "SLURM_NODEID": "0", "SLURM_JOB_ID": str(os.getpid())}
-    tasks = [
-        subprocess.Popen(
-            [sys.executable, str(script)],
-            env=dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT))
-            | step
-            | {"SLURM_PROCID": str(k), "SLURM_LOCALID": str(k)},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for k in range(2)
-    ]
-    assert [task.communicate(timeout=120)[0].split() for task in tasks] == [
-        ["0", "2", "True", "3.0"],
-        ["1", "2", "False", "3.0"],
-    ]
+    own = [step | {"SLURM_PROCID": str(k), "SLURM_LOCALID": str(k)} for k in range(2)]
+    with served():
+        tasks = [SERVER.Process(target=task, args=(tmp_path / str(k), own[k])) for k in range(2)]
+        for one in tasks:
+            one.start()
+        for one in tasks:
+            one.join(120)
+    hang = [one.kill() for one in tasks if one.exitcode is None]
+    assert not hang and [one.exitcode for one in tasks] == [0, 0]
+    assert [(tmp_path / str(k)).read_text() for k in range(2)] == ["0 2 True 3.0", "1 2 False 3.0"]
