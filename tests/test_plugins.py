@@ -4,6 +4,7 @@ import copy
 import importlib
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from zoo import ZooError
 from zoo.cli import doctor
 from zoo.cli.entry import main
 from zoo.registry import build, packages, plugins
+from zoo.registry.versions import TESTED
 from zoo.settings.config import compose
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -192,27 +194,56 @@ def run(*words: str, path: Path, **env: str) -> subprocess.CompletedProcess:
         env={**os.environ, "PYTHONPATH": paths, "HF_HUB_OFFLINE": "1", **env},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         check=False,
     )
 
 
-@pytest.fixture
-def installed(tmp_path):
-    """Two packages with entry points, one of them broken, as pip would leave them."""
-    write(tmp_path, "zoo_good")
-    (tmp_path / "zoo_bad.py").write_text("raise ImportError(\"no module named 'foo'\")")
+def install(place: Path, package: str, version: str) -> Path:
+    """Make a package be there, as pip would leave it."""
+    info = place / f"{package.replace('-', '_')}-{version}.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: {version}\n")
+    return info
+
+
+def install_two(place: Path) -> Path:
+    """Two packages with entry points, one of them broken."""
+    write(place, "zoo_good")
+    (place / "zoo_bad.py").write_text("raise ImportError(\"no module named 'foo'\")")
     for package in ("good", "bad"):
-        info = tmp_path / f"zoo_{package}-1.0.dist-info"
-        info.mkdir()
-        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: zoo-{package}\nVersion: 1.0\n")
+        info = install(place, f"zoo-{package}", "1.0")
         (info / "top_level.txt").write_text(f"zoo_{package}\n")
         (info / "entry_points.txt").write_text(f"[zoo.plugins]\n{package} = zoo_{package}\n")
-    return tmp_path
+    return place
 
 
-def test_installed_plugins_and_the_doctor(installed):
-    report = run("doctor", path=installed)
+@pytest.fixture
+def installed(tmp_path):
+    return install_two(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    """What the doctor says of two plugins and of two libraries in other versions than were tested."""
+    place = install_two(tmp_path_factory.mktemp("doctor"))
+    for library, version in OTHERS.items():
+        install(place, library, version)
+    return run("doctor", path=place)
+
+
+OTHERS = {"timm": "99.1", "peft": "0.1.0"}
+
+
+def test_the_doctor_names_installed_versions_that_were_not_tested(report):
+    for name, version in OTHERS.items():
+        bounds = TESTED[name].range
+        assert re.search(rf"^  {name} +{version} +NOT TESTED: {re.escape(bounds)} is$", report.stdout, re.MULTILINE)
+        assert f"'{name}{bounds}'" in report.stderr
+    assert "'torch" not in report.stderr or not TESTED["torch"].covers(__import__("torch").__version__)
+
+
+def test_installed_plugins_and_the_doctor(report):
     assert "plugins: 2 found, 1 ok, 1 failed" in report.stdout, report.stderr
     assert "ok    zoo-good (installed)  adds pruner/zoo_good" in report.stdout
     assert "FAIL  zoo-bad (installed)  ImportError: no module named 'foo'" in report.stdout

@@ -78,7 +78,10 @@ def test_a_chain_and_its_options_and_one_that_keeps_all():
     assert whole.layers == xray.views[0].layers and whole.answer == xray.views[0].answer
 
 
-def test_one_that_does_not_fit_is_told_unless_it_was_asked_for():
+def test_one_that_does_not_fit_is_told_unless_it_was_asked_for(monkeypatch):
+    names = registry.names
+    some = ["fastervlm", "fastv", "random"]  # all of them are shown above
+    monkeypatch.setattr(registry, "names", lambda kind: some if kind == "pruner" else names(kind))
     blind = [*TINY, "vision.cls_token=false"]
     xray = inspect("", blind, picture(3), question="red?")
     assert "needs cls_attention" in xray.refused["fastervlm"] and "random" in [v.name for v in xray.views]
