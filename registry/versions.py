@@ -31,13 +31,15 @@ class Versions:
 
     Attributes:
         oldest: the lowest that is allowed; `make test-oldest` runs it, beside the lowest of all others.
-        newest: the newest that was out and allowed when `make test-newest` ran.
+        newest: the newest that was out and allowed when `make test-newest` ran; torch: requirements/torch.txt.
         below: the first that is not allowed.
+        in_part: a newer one that some of the tests ran on, which docs/compatibility.md lists; empty: none.
     """
 
     oldest: str
     newest: str
     below: str
+    in_part: str = ""
 
     @property
     def range(self) -> str:
@@ -53,8 +55,8 @@ PYTHON = "3.11"  # that the tests ran on
 
 # Libraries whose internals are used: hooks, masks, caches, names of weights. Others (numpy, rich) have lower bounds.
 TESTED = {
-    "torch": Versions("2.11.0", "2.14.1", "2.15"),
-    "torchvision": Versions("0.26.0", "0.29.1", "0.30"),
+    "torch": Versions("2.11.0", "2.14.1", "2.16", in_part="2.15.0"),
+    "torchvision": Versions("0.26.0", "0.29.1", "0.30", in_part="0.29.2"),
     "transformers": Versions("5.21.0", "5.24.0", "5.25"),
     "tokenizers": Versions("0.23.1", "0.23.3", "0.24"),
     "safetensors": Versions("0.8.0", "0.8.0", "0.9"),
