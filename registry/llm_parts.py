@@ -267,7 +267,8 @@ class Distiller(Part):
         """Return the losses by name, those that are not 0.
 
         Args:
-            student: `zoo.composed.outputs.DistillView`: the output of the forward pass, and `llm`.
+            student: `zoo.composed.outputs.DistillView`: the output of the forward pass, and `llm`. Its sequence is not
+                as long as the teacher's where one has fewer image tokens; the `labels` of both are the same ones.
             teacher: the same of the teacher; None without one, and where its outputs were stored: they are then in the
                 batch's targets (`zoo.distill.matching.positions`).
             batch: as the model got it, with `num_labels`, `num_images`, and `vocab_size` of the shared tokens.

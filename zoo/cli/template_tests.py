@@ -52,8 +52,14 @@ TESTS = {
     assert torch.equal(llm.lm(input_ids=ids).logits, base)
 """,
     "distiller": """    distiller = registry.build("distiller", {"name": "NAME"})
-    out = SimpleNamespace(last_hidden_state=torch.randn(2, 5, 8))
+    states, labels = torch.randn(2, 5, 8), torch.tensor([[-100, -100, -100, 7, 8]] * 2)
+    out = SimpleNamespace(last_hidden_state=states, labels=labels)
     assert distiller(out, out, {})["NAME"] == 0  # teacher == student: nothing to learn
+    images = torch.full((2, 3), -100)  # a teacher with three image tokens more
+    more = SimpleNamespace(
+        last_hidden_state=torch.cat([torch.zeros(2, 3, 8), states], 1), labels=torch.cat([images, labels], 1)
+    )
+    assert distiller(out, more, {})["NAME"] == 0
 """,
     "dataset": """    data = registry.build("dataset", {"name": "NAME"})
     one, two = data.get(3), data.get(3)

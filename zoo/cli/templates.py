@@ -304,14 +304,14 @@ class CLASS(Adapter, nn.Module):
         return False  # no parameter of the language model belongs to this adapter
 '''
 
-DISTILLER = '''"""CLASS: the student's last hidden states should be as long as the teacher's."""
+DISTILLER = '''"""CLASS: the student's last hidden states should be as long as the teacher's, at answers."""
 
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
-from zoo.registry import Distiller, register
+from zoo.registry import IGNORE_INDEX, Distiller, register
 
 
 @dataclass
@@ -329,8 +329,13 @@ class CLASS(Distiller, nn.Module):
         self.weight = config.weight
 
     def forward(self, student: Any, teacher: Any, batch: Any) -> dict[str, Tensor]:
-        ours, theirs = (out.last_hidden_state.float().norm(dim=-1) for out in (student, teacher))  # (B, T)
+        ours, theirs = (_lengths(seen) for seen in (student, teacher))  # (S,)
         return {"NAME": self.weight * (ours - theirs).square().mean()}
+
+
+def _lengths(seen: Any) -> Tensor:
+    where = seen.labels[:, 1:] != IGNORE_INDEX  # labels are shared; other positions are not, behind a pruner for one
+    return seen.last_hidden_state[:, :-1][where].float().norm(dim=-1)  # (S,)
 '''
 
 DATASET = '''"""CLASS: pictures of one colour, and the question which colour that is."""
