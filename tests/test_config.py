@@ -173,10 +173,10 @@ def test_a_preset_that_is_asked_for_has_the_paths_of_now(tmp_path, monkeypatch):
     text = "# @package data.mine\ndefaults: [/data/chat_json@_here_, _self_]\n"
     (conf / "data/mine.yaml").write_text(text + "file: ${oc.env:ZOO_DATA,data}/{split}.jsonl\n")
     node = {"name": "chat_json", "file": "/then/train.jsonl", "split": "odd", "limit": 7}
+    split = {"name": "chat_json", "file": "/then/{split}.jsonl", "eval_split": "dev", "limit": 7}
     saved(run / "model", data=None)
-    OmegaConf.save(
-        {"data": {"mine": node, "chat_json": node, "seen": {"name": "scenes", "size": 40}}}, run / "config.yaml"
-    )
+    nodes = {"mine": node, "chat_json": node, "split": split, "seen": {"name": "scenes", "size": 40}}
+    OmegaConf.save({"data": nodes}, run / "config.yaml")
     monkeypatch.setenv("ZOO_DATA", "/now")
 
     def data(*overrides):
@@ -188,6 +188,9 @@ def test_a_preset_that_is_asked_for_has_the_paths_of_now(tmp_path, monkeypatch):
         assert (found.file, found.split, found.limit) == ("/now/{split}.jsonl", "train", 0)
     assert data("data=[mine,seen]").seen.size == 40
     assert data("data=[chat_json]").chat_json.file == "/then/train.jsonl"  # a component alone has no paths of its own
+    one = data("data.split.file=/now/other.jsonl").split  # the same file for all splits
+    assert (one.file, one.limit, one.eval_split) == ("/now/other.jsonl", 7, "")
+    assert data("data.split.file=/now/{split}.json").split.eval_split == "dev"
     (conf / "recipe").mkdir()
     (conf / "recipe/r.yaml").write_text("# @package _global_\ndefaults: [{override /data: [mine]}]\n")
     assert data("recipe=r").mine.file == "/now/{split}.jsonl"

@@ -8,10 +8,12 @@ import torch
 
 from tests.conftest import ANSWERS, QUESTIONS, picture, talk
 from zoo.evaluation import predict
-from zoo.evaluation.evaluate import evaluate, main, prompt_of
+from zoo.evaluation.evaluate import _to_score, evaluate, main, prompt_of
 from zoo.evaluation.predict import Question, answer
 from zoo.registry import Dataset, Dialog, Sample, Score, ZooError, build
+from zoo.runs.data import RunData
 from zoo.runs.scored import samples_of
+from zoo.settings.config import compose, typed_of
 
 
 class Talks:
@@ -270,7 +272,6 @@ def test_data_for_evaluation_alone_have_no_majority(model, capsys):
 
 def test_zoo_eval_writes_scores_and_predictions(tmp_path, capsys):
     from tests.train_builders import config, recipe
-    from zoo.settings.config import compose
     from zoo.training.loop import main as train
 
     words = recipe(tmp_path, {"a": "steps: 1, batch_size: 4"})
@@ -286,6 +287,20 @@ def test_zoo_eval_writes_scores_and_predictions(tmp_path, capsys):
     assert {"data", "kind", "task", "metric", "held_out", "score", "blind", "majority"} == set(scores[0])
     assert set(scores[0]["score"]) == {"value", "n", "stderr"}
     assert "majority" in capsys.readouterr().out
+
+
+def test_a_split_that_is_typed_is_scored(tmp_path):
+    for split in ("train", "dev"):
+        (tmp_path / f"{split}.jsonl").write_text(json.dumps({"question": "Which?", "answer": split}))
+    (tmp_path / "data").mkdir()
+    head = "# @package data.mine\ndefaults: [/data/chat_json@_here_, _self_]\n"
+    (tmp_path / "data/mine.yaml").write_text(f"{head}file: {tmp_path}/{{split}}.jsonl\neval_split: dev\n")
+
+    def scored(*more):
+        cfg = compose("eval", ["model=scenes_tiny", "data=[mine]", *more], tmp_path)
+        return _to_score(RunData(cfg.data), typed_of(cfg))["mine"].get(0).dialogs[0].messages[-1]["content"]
+
+    assert scored()[0]["text"] == "dev" and scored("data.mine.split=train")[0]["text"] == "train"
 
 
 class Sorted(Dataset):

@@ -48,10 +48,11 @@ def main(cfg: DictConfig) -> EvalResult:
 
 def _evaluated(cfg: DictConfig, accelerator: Any) -> EvalResult:
     from zoo.loading.build import build as build_model
+    from zoo.settings.config import typed_of
     from zoo.settings.source import source_of
 
     data = RunData(cfg.data, skip_broken=cfg.skip_broken)
-    datasets = data.evaluation or data.all
+    datasets = _to_score(data, typed_of(cfg))
     if not datasets:
         raise ZooError("There is no data to evaluate on. Set it with data=[...].")
     tasks = {str(name): build("task", node) for name, node in cfg.task.items()}
@@ -89,6 +90,13 @@ def _evaluated(cfg: DictConfig, accelerator: Any) -> EvalResult:
             say(f"{len(result.skipped)} records were left out; skipped.jsonl has the reasons.")
         say(f"{len(result.predictions)} answers in {clock(result.seconds)}, all in {folder}", None)
     return result
+
+
+def _to_score(data: RunData, typed: Any) -> dict[str, Any]:
+    """Return the data sets to score: those for evaluation, and any whose split was typed, as it is."""
+    words = set(typed.options_of("data")) if typed else set()
+    asked = {n: d for n, d in data.all.items() if f"{n}.split" in words and f"{n}.eval_split" not in words}
+    return {**data.evaluation, **asked} or data.all
 
 
 def _folder_for(cfg: DictConfig) -> Path:

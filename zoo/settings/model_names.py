@@ -39,9 +39,9 @@ def resolve(
     kind, colon, place = asked.partition(":")
     if asked == "last":
         folder = newest(Path(str(given.get("run.dir", "runs"))).expanduser())
-        return from_folder(folder, f"dir:{folder}", config_dir, data)
+        return from_folder(folder, f"dir:{folder}", config_dir, data, given)
     if colon and kind == "dir":
-        return from_folder(Path(place).expanduser(), asked, config_dir, data)
+        return from_folder(Path(place).expanduser(), asked, config_dir, data, given)
     if colon and kind == "hub":
         return from_hub(place, str(given.get("model.revision", "") or ""), config_dir)
     if asked in presets.available("model", config_dir) or asked in presets._private["model"]:
@@ -91,13 +91,18 @@ def newest(root: Path) -> Path:
 
 
 def from_folder(
-    folder: Path, asked: str, config_dir: str | Path | None = None, data: Collection[Any] = ()
+    folder: Path,
+    asked: str,
+    config_dir: str | Path | None = None,
+    data: Collection[Any] = (),
+    given: Mapping[str, Any] | None = None,
 ) -> tuple[str, dict[str, str]]:
     """Make a preset of the model saved in `folder`, or in `folder`/model if `folder` is a run."""
     place, content = content_of(folder, asked)
     anew = {name for name in data if name in presets.preset_files("data", config_dir)}
     if isinstance(stated := content.get("data"), Mapping):
-        content["data"] = {key: _name_alone(node) if key in anew else node for key, node in stated.items()}
+        nodes = {key: _name_alone(node) if key in anew else node for key, node in stated.items()}
+        content["data"] = {key: _without_split(key, node, given or {}) for key, node in nodes.items()}
     return store_preset(content, asked, config_dir), {"name": str(place), "source": "dir"}
 
 
@@ -138,6 +143,13 @@ def _data_of_run(run: Path) -> dict[str, Any]:
         return {}
     content = read_run_config(run / "config.yaml")
     return {k: content[k] for k in ("data", "task") if content.get(k)}
+
+
+def _without_split(key: str, node: Any, given: Mapping[str, Any]) -> Any:
+    """Return a data set of a run without its `eval_split`, which a typed file that is the same for all splits lacks."""
+    files = [str(given[f"data.{key}.{option}"]) for option in ("file", "shards") if f"data.{key}.{option}" in given]
+    whole = isinstance(node, Mapping) and files and not any("{split}" in file for file in files)
+    return {**node, "eval_split": ""} if whole and node.get("eval_split") and not node.get("split_field") else node
 
 
 def _name_alone(node: Any) -> Any:
