@@ -171,7 +171,7 @@ def test_scores_at_the_end_of_a_run_name_how_many_samples_they_are_of(tmp_path):
         is_stream = False
 
     folder = SimpleNamespace(path=tmp_path / "run", skipped=tmp_path / "skipped.jsonl")
-    for limit, length, note in ((None, 400, ""), (None, 401, "first 400 samples"), (20, 50, "first 20 samples")):
+    for limit, length, note in ((None, 400, ""), (None, 401, "400 samples"), (20, 50, "20 samples")):
         cfg = SimpleNamespace(plugins=[], run=SimpleNamespace(dir=str(tmp_path)), limit=limit)
         data = SimpleNamespace(evaluation={"a": Data(range(length))})
         run, file = (
