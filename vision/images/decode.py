@@ -198,7 +198,7 @@ def _lift(image: Any, file: Any) -> None:
     mode, _, order = _stored_as(image.tile[0]).partition(";") if image.tile else ("", "", "")
     if image.mode != mode or mode not in ("RGB", "RGBA") or order not in _OTHER or "transparency" in image.info:
         return
-    tiles = [(*tile[:3], _in_order(tile[3], f"{mode};{_OTHER[order]}")) for tile in image.tile]
+    tiles: list[Any] = [(*tile[:3], _in_order(tile[3], f"{mode};{_OTHER[order]}")) for tile in image.tile]
     high = np.asarray(image)  # (h, w, 3 or 4)
     if high[..., :3].max() >= 1 << 6:
         return
