@@ -293,14 +293,14 @@ def test_a_split_that_is_typed_is_scored(tmp_path):
     for split in ("train", "dev"):
         (tmp_path / f"{split}.jsonl").write_text(json.dumps({"question": "Which?", "answer": split}))
     (tmp_path / "data").mkdir()
-    head = "# @package data.mine\ndefaults: [/data/chat_json@_here_, _self_]\n"
-    (tmp_path / "data/mine.yaml").write_text(f"{head}file: {tmp_path}/{{split}}.jsonl\neval_split: dev\n")
+    head = "# @package data.two_splits\ndefaults: [/data/chat_json@_here_, _self_]\n"
+    (tmp_path / "data/two_splits.yaml").write_text(f"{head}file: {tmp_path}/{{split}}.jsonl\neval_split: dev\n")
 
     def scored(*more):
-        cfg = compose("eval", ["model=scenes_tiny", "data=[mine]", *more], tmp_path)
-        return _to_score(RunData(cfg.data), typed_of(cfg))["mine"].get(0).dialogs[0].messages[-1]["content"]
+        cfg = compose("eval", ["model=scenes_tiny", "data=[two_splits]", *more], tmp_path)
+        return _to_score(RunData(cfg.data), typed_of(cfg))["two_splits"].get(0).dialogs[0].messages[-1]["content"]
 
-    assert scored()[0]["text"] == "dev" and scored("data.mine.split=train")[0]["text"] == "train"
+    assert scored()[0]["text"] == "dev" and scored("data.two_splits.split=train")[0]["text"] == "train"
 
 
 class Sorted(Dataset):
