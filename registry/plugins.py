@@ -247,7 +247,9 @@ def _say_where(module: ModuleType) -> None:
 def _with_place(part: Any, protocol: Any) -> Any:
     made, cls = object.__reduce_ex__(part, protocol), type(part)
     module = sys.modules.get(cls.__module__)
-    if made[0] is not copyreg.__newobj__ or module is None or not cls.__module__.startswith(FILE_PLUGIN):
+    if module is None or not cls.__module__.startswith(FILE_PLUGIN):
+        return made
+    if made[0] is not copyreg.__newobj__:  # type: ignore[attr-defined]  # the stubs lack it
         return made
     return _again, (module.__file__, cls.__module__, cls.__qualname__, *made[1][1:]), *made[2:]
 
