@@ -8,7 +8,7 @@ import torch
 
 from tests.conftest import ANSWERS, QUESTIONS, picture, talk
 from zoo.evaluation import predict
-from zoo.evaluation.evaluate import _to_score, evaluate, main, prompt_of
+from zoo.evaluation.evaluate import _on_default_data, _to_score, evaluate, main, prompt_of
 from zoo.evaluation.predict import Question, answer
 from zoo.registry import Dataset, Dialog, Sample, Score, ZooError, build
 from zoo.runs.data import RunData
@@ -279,6 +279,8 @@ def test_zoo_eval_writes_scores_and_predictions(tmp_path, capsys):
     capsys.readouterr()
     cfg = compose("eval", [f"model=dir:{run.path}", "limit=3", "device=cpu", f"run.folder={tmp_path / 'out'}"])
     assert list(cfg.data) == ["scenes"] and cfg.data.scenes["size"] == 32, "the data that the model was trained for"
+    assert not _on_default_data(cfg) and _on_default_data(compose("eval", ["model=scenes_tiny"]))
+    assert not _on_default_data(compose("eval", ["model=scenes_tiny", "data=[scenes]"]))
     result = main(cfg)
     rows = [json.loads(line) for line in (tmp_path / "out" / "predictions.jsonl").open()]
     assert len(rows) == len(result.predictions) and len({r["id"] for r in rows}) == 3

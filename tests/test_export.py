@@ -334,6 +334,7 @@ def test_own_checkpoints_grown_vocabularies_and_end_tokens(parts, tmp_path, text
         assert got[talk][0] == want[talk][0] and got[talk][2] == want[talk][2], talk
         torch.testing.assert_close(got[talk][1], want[talk][1], atol=1e-5, rtol=0)
     assert theirs.generation_config.eos_token_id == [2, 1]
+    assert str(parts) not in (tmp_path / "config.json").read_text(), "folders of this machine"
     assert (want["one image"][0][0][0] == processor.tokenizer.bos_token_id) == (text == "begun")
     assert theirs.config.vision_config.image_size == (48 if size else 32)
 

@@ -47,6 +47,7 @@ def test_models_fit_several_conditions_and_are_sorted(capsys):
     assert {m["name"] for m in found} < {m["name"] for m in listed(capsys)}
     largest = listed(capsys, "--reverse", "--sort=params")[0]
     assert largest["parameters"] == max(facts_of(name).value("params") for name in NAMES)
+    assert main(["list", "pruner", "--reverse"]) == 2 and "--reverse is for models" in capsys.readouterr().err
 
 
 def test_info_shows_people_sizes_and_json_exact_ones(capsys):

@@ -155,6 +155,7 @@ def test_set_rate_keeps_the_peaks():
         ({"steps": 1, "data": {"a": 0.0}}, "all weights are 0"),
         ({"steps": 1, "lr": -1.0}, "lr must be at least 0"),
         ({"steps": 1, "lr": float("nan")}, "lr must be at least 0"),
+        ({"steps": 1, "lr": float("inf")}, "lr must be at least 0 and finite"),
         ({"steps": 1, "distiller": 3}, "A distiller is a name"),
         ({"steps": 1, "pack": "none", "pack_length": 64}, "needs pack=dialogs"),
     ],

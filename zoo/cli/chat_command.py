@@ -53,6 +53,8 @@ def main(words: Sequence[str]) -> int:
                 _answer(talk, line, images, videos, args)
             except ZooError as error:
                 print(f"zoo: {error}", file=sys.stderr)
+                if images or videos:  # one of them may be the reason
+                    print("Its images and videos are not part of the next question; add them again.", file=sys.stderr)
             images, videos = [], []
 
 

@@ -61,9 +61,10 @@ def list_main(words: Sequence[str]) -> Answer:
     nouns, pattern = _asked(words)
     if args.pretrained:
         nouns = _with_weights(nouns)
-    if (args.where or args.sort) and nouns != ("model",):
-        flag = "--where" if args.where else "--sort"
-        raise ZooError(f"{flag} is for models: zoo list model '*llava*' {flag} {args.where or args.sort!r}.")
+    if (args.where or args.sort or args.reverse) and nouns != ("model",):
+        flag = "--where" if args.where else "--sort" if args.sort else "--reverse"
+        value = f" {args.where or args.sort!r}" if args.where or args.sort else ""
+        raise ZooError(f"{flag} is for models: zoo list model '*llava*' {flag}{value}.")
     if args.sort:
         require_field(args.sort)
     holds = matcher(args.where)

@@ -57,6 +57,9 @@ def _evaluated(cfg: DictConfig, accelerator: Any) -> EvalResult:
         raise ZooError("There is no data to evaluate on. Set it with data=[...].")
     tasks = {str(name): build("task", node) for name, node in cfg.task.items()}
     require_dialogs(datasets, tasks, cfg.limit)
+    if accelerator.is_main_process and _on_default_data(cfg):
+        say(f"Model {cfg.model.name!r} names no data: scored on {', '.join(datasets)}, of recipe {cfg.run.recipe!r}.")
+        say("data=[...] chooses others; zoo list data shows them.")
     model, processor = build_model(source_of(cfg), device=accelerator.device)
     began = time.monotonic()
     folder = None
@@ -97,6 +100,14 @@ def _to_score(data: RunData, typed: Any) -> dict[str, Any]:
     words = set(typed.options_of("data")) if typed else set()
     asked = {n: d for n, d in data.all.items() if f"{n}.split" in words and f"{n}.eval_split" not in words}
     return {**data.evaluation, **asked} or data.all
+
+
+def _on_default_data(cfg: DictConfig) -> bool:
+    """Return whether a typed model is scored on data that neither it nor the user names: the default recipe's."""
+    from zoo.settings.config import typed_of
+
+    keys = {word.partition("=")[0] for word in typed.overrides} if (typed := typed_of(cfg)) else set()
+    return bool(cfg.run.recipe) and "model" in keys and not {"recipe", "data"} & keys
 
 
 def _folder_for(cfg: DictConfig) -> Path:

@@ -86,6 +86,8 @@ def export(
             setattr(config, name, vocabulary[token])
     config.architectures = [known.model]
     config.dtype = next(model.llm.parameters()).dtype
+    for part in (config.text_config, config.vision_config):
+        part._name_or_path = ""  # the folder that it was read from, on this machine
     state = _state(model, encoder, known, config, _spare(record, known, config))
     _note_dtypes(model, config.dtype)
     folder = Path(folder)

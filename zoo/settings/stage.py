@@ -7,6 +7,7 @@ recipe trains the same model with one process and with eight.
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from math import inf
 from typing import Any
 
 from zoo.registry import ZooError, unknown
@@ -123,11 +124,11 @@ class Stage:
             raise ZooError("pack_length puts several samples into a row: it needs pack=dialogs, got pack=none.")
 
     def _check_numbers(self) -> None:
-        if self.epochs is not None and not self.epochs > 0:
-            raise ZooError(f"epochs must be more than 0, got {self.epochs}.")
+        if self.epochs is not None and not 0 < self.epochs < inf:
+            raise ZooError(f"epochs must be more than 0 and finite, got {self.epochs}.")
         for name in ("lr", "matrix_lr", "weight_decay", "clip"):
-            if not getattr(self, name) >= 0:
-                raise ZooError(f"{name} must be at least 0, got {getattr(self, name)}.")
+            if not 0 <= getattr(self, name) < inf:
+                raise ZooError(f"{name} must be at least 0 and finite, got {getattr(self, name)}.")
         for name in ("warmup_ratio", "flat_ratio", "final_ratio"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ZooError(f"{name} must be in [0, 1], got {getattr(self, name)}.")
@@ -138,8 +139,8 @@ class Stage:
         if not 0 <= self.momentum < 1:
             raise ZooError(f"momentum must be in [0, 1), got {self.momentum}.")
         for name in ("data", "lr_scale", "loss_weights"):
-            if low := {k: v for k, v in getattr(self, name).items() if not v >= 0}:
-                raise ZooError(f"Values of {name} must be at least 0, got {low}.")
+            if low := {k: v for k, v in getattr(self, name).items() if not 0 <= v < inf}:
+                raise ZooError(f"Values of {name} must be at least 0 and finite, got {low}.")
         if self.data and not any(self.data.values()):
             raise ZooError(f"The mix has no data: all weights are 0 in {dict(self.data)}.")
 
