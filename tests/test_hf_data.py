@@ -235,3 +235,18 @@ def test_images_inside_of_turns_are_not_decoded(tmp_path, streaming):
     data = load(tmp_path / "t.parquet", streaming=streaming)
     sample = next(iter(data.stream())) if streaming else data.get(0)
     assert sample.images == [png()] and question(sample) == "q"
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_images_in_a_column_that_is_not_read_are_not_learnt_as_text(places, tmp_path, streaming):
+    rows = {"question": ["q", "r"], "answer": ["a", "b"], "img": [{"bytes": png(), "path": None}] * 2}
+    made = datasets.Dataset.from_dict(rows)
+    made.cast_column("img", datasets.Image()).to_parquet(tmp_path / "t.parquet")
+    (tmp_path / "t.csv").write_text("question,answer,img\nq,a,a.png\nr,b,a.png\n")
+    for name, more in {"t.parquet": {}, "t.csv": {"images": str(places / "images")}}.items():
+        with pytest.raises(ZooError, match=r"'img' (holds images|names the image 'a.png'), .* Set image_field=img"):
+            load(tmp_path / name, streaming=streaming, **more)
+        for options, shown in ({"check": False}, 0), ({"image_field": "img"}, 1):
+            data = load(tmp_path / name, streaming=streaming, **more, **options)
+            sample = next(iter(data.stream())) if streaming else data.get(0)
+            assert len(sample.images) == shown

@@ -86,6 +86,13 @@ def test_a_record_that_is_no_pair_is_named(read, record, message):
         read(record)
 
 
+def test_an_image_in_a_field_that_is_not_read_is_not_left_out(read):
+    record = {"prompt": ASKED, "chosen": RIGHT, "rejected": WRONG, "img": "a.png"}
+    with pytest.raises(ZooError, match=r"pairs.jsonl:1: 'img' names the image 'a.png'.* Set image_field=img"):
+        read(record)
+    assert len(read(record, image_field="img").get(0).images) == 1
+
+
 def test_rows_of_parquet(tmp_path):
     datasets = pytest.importorskip("datasets")
     row = {"question": ASKED, "chosen": RIGHT, "rejected": WRONG, "image": {"bytes": png(), "path": None}}

@@ -5,18 +5,18 @@ dialogs about the same images as one sample, in which the images are encoded onc
 """
 
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from zoo.data.image_store import ENDINGS, ImageStore, open_store
+from zoo.data.image_store import ImageStore, open_store
 from zoo.data.record_file import RecordFile
 from zoo.data.record_groups import Grouping, Groups, kept_groups
 from zoo.data.records import RecordFields, inline_image, read_record, record_id, shared_head
 from zoo.data.splits import require_split
+from zoo.data.unread_images import require_seen
 from zoo.registry import MISSING, Dataset, Dialog, RecordError, Sample, ZooError, naming, register
 from zoo.vision.images.video import VIDEOS, Video
 
@@ -158,27 +158,11 @@ class ChatJson(Dataset):
         return None if head is None else (*map(str, images), head)
 
     def _require_seen(self, index: int) -> None:
-        """Refuse a record without an image that names one in a field which is not read: it would be learnt as text.
-
-        Raises:
-            ZooError: the field's value is an image of the store.
-        """
-        record = self.records[index]
-        if read_record(record, self.config, "")[0]:
-            return
-        read = {self.config.question_field, self.config.answer_field}
-        for name, value in record.items():
-            if name in read or not isinstance(value, str) or PurePath(value).suffix.lower() not in ENDINGS:
-                continue
-            with suppress(ZooError):
-                self.store.find(value, "")
-                break
-        else:
-            return
-        raise ZooError(
-            f"{self.records.where(index)}: {name!r} names the image {value!r}, and images are read of image or images. "
-            f"Set image_field={name}; or check=false to train on text alone."
-        )
+        """Refuse a record without an image that names one in a field which is not read."""
+        record, config = self.records[index], self.config
+        if not read_record(record, config, "")[0]:
+            texts = {config.question_field, config.answer_field}
+            require_seen(record, texts, self.store, self.records.where(index))
 
     def _split_of(self, record: dict[str, Any], where: str) -> str:
         if self.config.split_field not in record:

@@ -5,6 +5,7 @@ decoded where they are used.
 """
 
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -12,13 +13,23 @@ from typing import Any
 
 import numpy as np
 
-from zoo.data.hub_rows import classes_of, line_files, open_rows, read_rows, row_image, shard_lengths, with_names
+from zoo.data.hub_rows import (
+    classes_of,
+    image_columns,
+    line_files,
+    open_rows,
+    read_rows,
+    row_image,
+    shard_lengths,
+    with_names,
+)
 from zoo.data.image_store import ImageStore, open_store
 from zoo.data.line_files import LineFiles
 from zoo.data.numbered_stream import LANES, NumberedStream, Place
 from zoo.data.records import RecordFields, read_record, record_id
 from zoo.data.stream_order import InOrder, Lanes, StreamOrder, StreamRow
 from zoo.data.two_forms import InTwoForms
+from zoo.data.unread_images import require_column, require_seen
 from zoo.registry import (
     MISSING,
     Dataset,
@@ -48,6 +59,7 @@ class HubDataConfig(RecordFields):
     images: str = ""  # folder or tar archive where the image column holds names of files
     seed: int = 0  # of the stream's order, with the epoch
     limit: int = 0  # first rows only; 0: all
+    check: bool = True  # refuse data whose images are in a column that is not read; skip_broken=true turns it off
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -77,10 +89,28 @@ class HubData(InTwoForms):
         self.store: ImageStore | None = open_store(config.images) if config.images else None
         self.rows = self._opened()
         self.classes = classes_of(self.rows)
+        if config.check and not config.image_field:
+            self._require_seen()
 
     def _opened(self) -> Any:
         rows = open_rows(self.config)
         return rows.take(self.config.limit) if self.config.limit else rows
+
+    def _require_seen(self) -> None:
+        """Refuse images in a column that is not read, as the types of the columns or the first row show them."""
+        config = self.config
+        if images := image_columns(self.rows):
+            require_column(self.rows.features, images, f"{config.path} ({config.split})")
+        elif self.store is not None and (row := self._first()) is not None:
+            shows: list[Any] = []
+            with suppress(ZooError):  # a broken row is named in its turn
+                shows = read_record(row, config, "")[0]
+            if not shows:
+                require_seen(row, {config.question_field, config.answer_field}, self.store, f"{config.path}, first row")
+
+    def _first(self) -> Any:
+        """Return the first row, where it takes no reading of a stream."""
+        return None
 
     def train_split(self) -> "HubData":
         """Return the rows of the split `train`, for baselines of constant answers."""
@@ -114,6 +144,9 @@ class MappedHubData(HubData, Dataset):
     def __len__(self) -> int:
         return len(self.rows)
 
+    def _first(self) -> Any:
+        return self.rows[0] if len(self) else None
+
     def get(self, index: int, epoch: int = 0) -> Sample:
         """Return row `index`; the same in every epoch."""
         if not 0 <= index < len(self):
@@ -128,6 +161,11 @@ class StreamedLines(HubData, NumberedStream):
 
     def _opened(self) -> LineFiles:
         return LineFiles(line_files(self.config))
+
+    def _first(self) -> Any:
+        shard = next((shard for shard, length in enumerate(self.rows.lengths) if length), None)
+        with suppress(ZooError):  # a broken row is named in its turn
+            return None if shard is None else self.rows.record((shard, 0))
 
     @cached_property
     def lengths(self) -> list[int]:

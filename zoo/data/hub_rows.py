@@ -304,6 +304,12 @@ def classes_of(rows: Any) -> dict[str, list[str]]:
     return found
 
 
+def image_columns(rows: Any) -> list[str]:
+    """Name the columns that hold images, or lists of them; none where the types of columns are not known."""
+    features, image = getattr(rows, "features", None) or {}, _library().Image
+    return [name for name, f in features.items() if isinstance(f, image) or isinstance(getattr(f, "feature", f), image)]
+
+
 def with_names(row: dict[str, Any], classes: dict[str, list[str]]) -> dict[str, Any]:
     """Return a row with the names of classes in place of their numbers; -1, of a row without a label, is None."""
 

@@ -16,6 +16,7 @@ from zoo.data.hub_rows import open_rows, row_image
 from zoo.data.image_store import ImageStore, open_store
 from zoo.data.record_file import RecordFile
 from zoo.data.records import ROLES, RecordFields, images_of, place_images, read_turns, record_id
+from zoo.data.unread_images import require_seen
 from zoo.registry import MISSING, Dataset, Dialog, Sample, ZooError, register, unknown
 
 PROMPTS = ("prompt", "question", "conversations", "messages")  # looked for where no column is named
@@ -62,7 +63,10 @@ class Preference(Dataset):
         if not self.number:
             raise ZooError(f"{config.path} has no record.")
         if config.check:
-            self.get(0)  # a wrong column is found now
+            shown = self.get(0).images  # a wrong column is found now
+            texts = {*PROMPTS, config.prompt_field, config.chosen_field, config.rejected_field}
+            if not (shown or config.image_field):
+                require_seen(self.rows[0], texts, self.store, self.place(0))
 
     def __len__(self) -> int:
         return self.number
