@@ -250,3 +250,11 @@ def test_images_in_a_column_that_is_not_read_are_not_learnt_as_text(places, tmp_
             data = load(tmp_path / name, streaming=streaming, **more, **options)
             sample = next(iter(data.stream())) if streaming else data.get(0)
             assert len(sample.images) == shown
+
+
+def test_turns_of_both_forms_share_a_table(tmp_path):
+    none = {"from": None, "value": None, "role": None, "content": None}
+    turns = [none | {"from": "human", "value": "q"}, none | {"role": "assistant", "content": "a"}]
+    datasets.Dataset.from_dict({"conversations": [turns]}).to_parquet(tmp_path / "t.parquet")
+    said = [(m["role"], m["content"][0]["text"]) for m in load(tmp_path / "t.parquet").get(0).dialogs[0].messages]
+    assert said == [("user", "q"), ("assistant", "a")]

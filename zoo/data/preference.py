@@ -15,7 +15,7 @@ from typing import Any
 from zoo.data.hub_rows import open_rows, row_image
 from zoo.data.image_store import ImageStore, open_store
 from zoo.data.record_file import RecordFile
-from zoo.data.records import ROLES, RecordFields, images_of, place_images, read_turns, record_id
+from zoo.data.records import ROLES, RecordFields, images_of, place_images, read_turns, record_id, stated
 from zoo.data.unread_images import require_seen
 from zoo.registry import MISSING, Dataset, Dialog, Sample, ZooError, register, unknown
 
@@ -102,7 +102,7 @@ class Preference(Dataset):
             answers[side] = _as_turns(record[column], "assistant")
         prompt = _as_turns(self._prompt(record, where), "user")
         first = answers["chosen"][0] if answers["chosen"] else {}
-        if not prompt or ROLES.get(str(first.get("role", first.get("from")))) != "assistant":
+        if not prompt or ROLES.get(str(stated(first, "role", "from"))) != "assistant":
             # Two whole conversations: the prompt is what they begin with alike, up to the last answer.
             both = zip(answers["chosen"][:-1], answers["rejected"][:-1], strict=False)
             prompt = [turn for turn, _ in takewhile(lambda pair: pair[0] == pair[1], both)]

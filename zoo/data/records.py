@@ -211,7 +211,7 @@ def read_turns(turns: Any, images: list[Any], where: str) -> tuple[list[dict[str
         at = f"{where}, turn {number}"
         if not isinstance(turn, Mapping):
             raise ZooError(f"{at} is a {type(turn).__name__}; `from` and `value`, or `role` and `content`, are needed.")
-        speaker, content = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
+        speaker, content = stated(turn, "from", "role"), stated(turn, "value", "content")
         if not isinstance(speaker, str) or speaker not in ROLES:
             raise ZooError(f"{at}: {unknown('speaker', str(speaker), ROLES)}")
         if calls := next((key for key in ("tool_calls", "function_call") if turn.get(key)), None):
@@ -225,6 +225,11 @@ def read_turns(turns: Any, images: list[Any], where: str) -> tuple[list[dict[str
             raise ZooError(f"{at}: an assistant turn cannot have {MARK}; images belong to the user's turns.")
         messages.append({"role": ROLES[speaker], "content": parts})
     return messages, queue
+
+
+def stated(turn: Mapping[str, Any], *names: str) -> Any:
+    """Return the first of these fields that is there and not null: tables give every turn the fields of all."""
+    return next((turn[name] for name in names if turn.get(name) is not None), None)
 
 
 def _marks(parts: list[dict[str, Any]]) -> int:
