@@ -146,6 +146,10 @@ def test_what_goes_wrong_is_said(llava):
             "'fps' is not taken: a zoo.vision.images.video.Video selects its frames",
         ),
         ({"images": images[:2]}, "holds 3 times '<image>', but 2 images were given"),
+        (
+            {"images": [images[:2], [], images[2:]]},
+            "Text 0 holds 1 times '<image>', but 2 images were given for it",
+        ),
         ({"text": [images[0]]}, "text must be a string or a list of strings, got Image; images come first"),
         ({"text": None, "images": None}, "needs text, images or videos"),
         ({"videos": ["x.mp4"]}, "'x.mp4' was given to a model that takes images only"),

@@ -61,8 +61,8 @@ class CallMixin:
             images, with `cuts` if an image has several rows; images_per_row if images have no placeholders.
 
         Raises:
-            ZooError: images and image tokens do not match, truncation cuts an image, or an option is unknown or
-                unsupported.
+            ZooError: images and image tokens do not match, in all or of a text, truncation cuts an image, or an option
+                is unknown or unsupported.
         """
         if audio is not None:
             raise ZooError("The model takes no sound: leave out audio.")
@@ -78,7 +78,7 @@ class CallMixin:
         if text is None:
             shown = [*shown, *films]
         else:
-            data, shown = self._written(text, shown, films, options)
+            data, shown = self._written(text, shown, films, options, _counts(images))
         pixels = stack(shown)
         if pixels and options.tensors != "pt":
             values = pixels["pixel_values"]
@@ -101,7 +101,7 @@ class CallMixin:
     # ---- text ------------------------------------------------------------------------------------------------------
 
     def _written(
-        self, text: str | Sequence[str], shown: list[Any], films: list[Any], options: Options
+        self, text: str | Sequence[str], shown: list[Any], films: list[Any], options: Options, counts: list[int]
     ) -> tuple[dict[str, Any], list[Any]]:
         """Tokenize texts with the placeholders of their images; also return the images in the order of the texts."""
         texts = [text] if isinstance(text, str) else list(text)
@@ -116,6 +116,11 @@ class CallMixin:
             pad_id_of(self.tokenizer, len(texts) if options.text["padding"] in (True, "longest") else 2)
             options.text["padding"] = False  # a single row needs no padding
         given = self._matched(texts, shown, films)
+        for number, (one, count) in enumerate(zip(texts, counts, strict=False) if len(counts) == len(texts) else ()):
+            if (wanted := one.count(self.image_token)) != count:
+                raise ZooError(
+                    f"Text {number} holds {wanted} times {self.image_token!r}, but {count} images were given for it."
+                )
         marks = re.compile("|".join(map(re.escape, given)))
         written, replaced, order = [], [], []
         for one in texts:
@@ -215,3 +220,9 @@ class CallMixin:
         if isinstance(ids, torch.Tensor):
             return torch.from_numpy(kinds(ids.numpy()))
         return kinds(ids) if isinstance(ids, np.ndarray) else [kinds(row).tolist() for row in ids]
+
+
+def _counts(images: Any) -> list[int]:
+    """Count the images of each text, where they are given as a list for each; else empty."""
+    nested = isinstance(images, (list, tuple)) and all(isinstance(group, (list, tuple)) for group in images)
+    return [len(flat(group)) for group in images] if nested else []
