@@ -125,6 +125,13 @@ def test_a_cache_changes_no_token(built, name, how):
     assert torch.equal(*found)
 
 
+def test_the_kind_of_cache_that_gemma_states_is_a_growing_one(built, monkeypatch):
+    model, (one, _) = built("fastv")
+    expected = said_by(model, one)
+    monkeypatch.setattr(model.generation_config, "cache_implementation", "hybrid")
+    assert torch.equal(said_by(model, one), expected)
+
+
 @pytest.mark.parametrize(
     "how", [{"cache_implementation": "static"}, {"prefill_chunk_size": 5}, {"prefill_chunk_size": 5, "num_beams": 2}]
 )

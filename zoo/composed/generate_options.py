@@ -195,7 +195,7 @@ def check_parts(
     if length > (options.get("prefill_chunk_size") or length):
         raise ZooError(f"generate(prefill_chunk_size=...) is not possible with {who}.")
     kind = options.get("cache_implementation") or "dynamic"
-    if kind not in ("dynamic", "offloaded"):
+    if kind not in ("dynamic", "offloaded", "hybrid"):  # transformers takes hybrid, which Gemma states, for dynamic
         raise ZooError(
             f"generate(cache_implementation={kind!r}) is not possible with {who} and makes the caches of later layers "
             "shorter: they have to grow one by one. Leave it out, or take 'offloaded'."

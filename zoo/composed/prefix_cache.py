@@ -36,8 +36,10 @@ class PrefixCache:
         """Whether prefixes of one length have keys and values of one length, which depend on the prefix alone.
 
         Not so with a pruner inside the LLM, with one whose count depends on the image or that chooses by the question,
-        and with adapters.
+        and with adapters; nor where the generation config states a kind of cache.
         """
+        if getattr(model.generation_config, "cache_implementation", None) not in (None, "hybrid"):
+            return False
         other = any(isinstance(p, InsidePruner) or p.ragged or p.behind for p in model.pruner.values())
         return bool(model.num_image_tokens) and not other and not model.asks and not len(model.adapter)
 

@@ -187,7 +187,10 @@ def _options(model: Any, processor: Any, q: Question, pictures: _Pictures) -> li
     turns = q.dialog.messages
     turns = turns[:-1] if turns and turns[-1]["role"] == "assistant" else turns
     rows = []
-    for option in q.dialog.choices if q.candidates is None else q.candidates:
+    options = q.dialog.choices if q.candidates is None else q.candidates
+    if not options:
+        raise ZooError("the dialog has no options to choose from (`choices`).")
+    for option in options:
         answered = [*turns, {"role": "assistant", "content": [{"type": "text", "text": option}]}]
         shown = pictures.show(q.sample)
         ids, last = processor.tokenize_dialog(answered, q.sample.id, shown, only_last=True)
@@ -224,6 +227,7 @@ def _generate(
         batch = to_device(processor.collate([rows[p] for p in chunk], padding_side="left"), model.device)
         # Overrides the checkpoint's generation config, which may sample.
         fixed = {"max_new_tokens": chunk[0].max_new_tokens, "do_sample": False, "num_beams": 1}
+        fixed |= {"num_return_sequences": 1, "return_dict_in_generate": False}
         fixed |= {"synced_gpus": False}  # of a model that FSDP shares out, transformers waits for all processes
         fixed |= {"tokenizer": processor.tokenizer} if model.generation_config.stop_strings else {}
         both = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], **fixed}
