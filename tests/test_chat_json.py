@@ -4,6 +4,7 @@ import io
 import json
 import pickle
 import tarfile
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -373,3 +374,16 @@ def test_an_image_in_a_field_that_is_not_read_is_not_learnt_as_text(folder, fiel
         load(folder, [record])
     (shown,) = load(folder, [record], image_field=field).get(0).images
     assert str(getattr(shown, "path", shown)) == str(folder / "images" / one)
+
+
+def test_a_mark_of_videos_is_one_where_a_video_is_shown(folder):
+    (folder / "images" / "film.mp4").write_bytes(b"film")
+    turns = [{"from": "human", "value": "<video>\nwhat?"}, {"from": "gpt", "value": "a"}]
+    shown = load(folder, [{"conversations": turns, "image": "film.mp4"}]).get(0)
+    assert [Path(v.path).name for v in shown.images] == ["film.mp4"]
+    assert shown.dialogs[0].messages[0]["content"] == [{"type": "video"}, {"type": "text", "text": "what?"}]
+    asked = {"question": "in <video> or <image>?", "answer": "a", "image": ["film.mp4", "a.png"]}
+    parts = load(folder, [asked]).get(0).dialogs[0].messages[0]["content"]
+    assert [p["type"] for p in parts] == ["text", "video", "text", "image", "text"]
+    text = load(folder, [{"question": "<video> in HTML", "answer": "a", "image": "a.png"}]).get(0)
+    assert text.dialogs[0].messages[0]["content"][1] == {"type": "text", "text": "<video> in HTML"}

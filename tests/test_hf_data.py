@@ -258,3 +258,15 @@ def test_turns_of_both_forms_share_a_table(tmp_path):
     datasets.Dataset.from_dict({"conversations": [turns]}).to_parquet(tmp_path / "t.parquet")
     said = [(m["role"], m["content"][0]["text"]) for m in load(tmp_path / "t.parquet").get(0).dialogs[0].messages]
     assert said == [("user", "q"), ("assistant", "a")]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_numbers_of_few_bits_are_written_as_they_are(tmp_path, streaming):
+    short = datasets.Value("float32")
+    rows = {"question": ["q"] * 3, "answer": [0.1, 2.5, 1e9], "all": [[0.3], [0.7, 1.0], []]}
+    features = {"question": datasets.Value("string"), "answer": short, "all": datasets.List(short)}
+    datasets.Dataset.from_dict(rows, datasets.Features(features)).to_parquet(tmp_path / "t.parquet")
+    data = load(tmp_path / "t.parquet", streaming=streaming, meta_fields=["all"])
+    samples = list(data.stream()) if streaming else [data.get(i) for i in range(3)]
+    assert [s.dialogs[0].messages[-1]["content"][0]["text"] for s in samples] == ["0.1", "2.5", "1000000000.0"]
+    assert [s.dialogs[0].meta["all"] for s in samples] == [[0.3], [0.7, 1.0], []]

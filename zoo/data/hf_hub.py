@@ -19,8 +19,10 @@ from zoo.data.hub_rows import (
     line_files,
     open_rows,
     read_rows,
+    rounded,
     row_image,
     shard_lengths,
+    short_floats,
     with_names,
 )
 from zoo.data.image_store import ImageStore, open_store
@@ -88,7 +90,7 @@ class HubData(InTwoForms):
         self.config = config
         self.store: ImageStore | None = open_store(config.images) if config.images else None
         self.rows = self._opened()
-        self.classes = classes_of(self.rows)
+        self.classes, self.short = classes_of(self.rows), short_floats(self.rows)
         if config.check and not config.image_field:
             self._require_seen()
 
@@ -128,6 +130,7 @@ class HubData(InTwoForms):
 
     def _sample_of(self, row: dict[str, Any], number: int | str | None, where: str) -> Sample:
         row = with_names(row, self.classes)
+        row |= {name: rounded(row[name]) for name in self.short if name in row}
         name = record_id(row, self.config) or str(number)
         images, dialog = read_record(row, self.config, where)
         shown = [row_image(image, self.store, where, self.config.path) for image in images]

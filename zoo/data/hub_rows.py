@@ -9,6 +9,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+
 from zoo.data.image_store import MAX_BYTES, Folder, ImageStore
 from zoo.data.line_files import SUFFIXES, header_of
 from zoo.data.records import inline_image
@@ -302,6 +304,20 @@ def classes_of(rows: Any) -> dict[str, list[str]]:
         if isinstance(inner, _library().ClassLabel):
             found[name] = list(inner.names)
     return found
+
+
+def short_floats(rows: Any) -> list[str]:
+    """Name the columns with floats of 16 or 32 bits, or lists of these."""
+    features = getattr(rows, "features", None) or {}
+    kinds = {name: getattr(getattr(f, "feature", f), "dtype", None) for name, f in features.items()}
+    return [name for name, kind in kinds.items() if kind in ("float16", "float32")]
+
+
+def rounded(value: Any) -> Any:
+    """Return a float of 32 bits as it is written, 0.1 and not 0.10000000149011612; each one of a list."""
+    if isinstance(value, list):
+        return [rounded(one) for one in value]
+    return float(str(np.float32(value))) if isinstance(value, float) else value
 
 
 def image_columns(rows: Any) -> list[str]:

@@ -4,6 +4,7 @@
 
 - as many marks as images: each takes the next image; blanks around a mark at the edge of a turn are removed, since the
   chat template writes its own;
+- `<video>` is such a mark, too, in a record that shows a video (a file of such a name);
 - images but no mark: they are put before the first user turn, in order;
 - a turn as a list of parts with images defines their places: its texts are taken literally, `<image>` too;
 - anything else is an error that names the record, as is a mark in an assistant turn.
@@ -18,13 +19,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, time
 from math import isfinite
+from pathlib import PurePath
 from string import Formatter
 from typing import Any
 
 from zoo.registry import Dialog, ZooError, unknown
 from zoo.vision.images.decode import base64_bytes, data_url_bytes
+from zoo.vision.images.video import VIDEOS
 
-MARK = "<image>"
+MARK, FILM = "<image>", "<video>"
 FORMATS = ("auto", "conversations", "messages", "columns")
 ROLES = {
     "human": "user",
@@ -95,7 +98,7 @@ def read_record(record: Mapping[str, Any], fields: RecordFields, where: str) -> 
     if turns_field:
         messages, images = read_turns(record[turns_field], images, f"{where}, {turns_field}")
     else:
-        messages, answers = _question(record, fields, where)
+        messages, answers = _question(record, fields, where, shows_video(images))
     if fields.system and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": [{"type": "text", "text": fields.system}]})
     place_images(messages, len(images), where)
@@ -153,8 +156,14 @@ def shared_head(dialog: Dialog) -> str | None:
     return repr([*head[:-1], head[-1]["content"][: last + 1]])
 
 
-def split_marks(text: str) -> list[dict[str, Any]]:
-    """Cut a text at each `<image>` into text and image parts."""
+def shows_video(images: Sequence[Any]) -> bool:
+    """Whether one of the images is named as a video, so that `<video>` marks its place."""
+    return any(isinstance(image, str) and PurePath(image).suffix.lower() in VIDEOS for image in images)
+
+
+def split_marks(text: str, film: bool = False) -> list[dict[str, Any]]:
+    """Cut a text at each `<image>` into text and image parts; with `film` at each `<video>`, too."""
+    text = text.replace(FILM, MARK) if film else text
     if MARK not in text:
         return [{"type": "text", "text": text}]
     pieces = text.split(MARK)
@@ -205,7 +214,7 @@ def read_turns(turns: Any, images: list[Any], where: str) -> tuple[list[dict[str
     """Read LLaVA or chat turns, mixed as they come; parts with an image of their own put it among the images."""
     if not isinstance(turns, Sequence) or isinstance(turns, str) or not turns:
         raise ZooError(f"{where}: a list of turns is needed, got {type(turns).__name__} {str(turns)[:40]!r}.")
-    queue = list(images)
+    queue, film = list(images), shows_video(images)
     messages: list[dict[str, Any]] = []
     for number, turn in enumerate(turns, 1):
         at = f"{where}, turn {number}"
@@ -217,7 +226,7 @@ def read_turns(turns: Any, images: list[Any], where: str) -> tuple[list[dict[str
         if calls := next((key for key in ("tool_calls", "function_call") if turn.get(key)), None):
             raise ZooError(f"{at} has {calls!r}, which would be lost: models here answer in text.")
         parts: list[dict[str, Any]] = []
-        for part in _parts(content, at):
+        for part in _parts(content, at, film):
             if "source" in part:
                 queue.insert(sum(_marks(m["content"]) for m in messages) + _marks(parts), part["source"])
             parts.append({key: value for key, value in part.items() if key != "source"})
@@ -236,9 +245,9 @@ def _marks(parts: list[dict[str, Any]]) -> int:
     return sum(part["type"] == "image" for part in parts)
 
 
-def _parts(content: Any, where: str) -> list[dict[str, Any]]:
+def _parts(content: Any, where: str, film: bool = False) -> list[dict[str, Any]]:
     if isinstance(content, str):
-        return split_marks(content)
+        return split_marks(content, film)
     if not isinstance(content, Sequence):
         raise ZooError(f"{where}: a text or a list of parts is needed, got {type(content).__name__}.")
     kinds = [part.get("type") if isinstance(part, Mapping) else None for part in content]
@@ -249,7 +258,7 @@ def _parts(content: Any, where: str) -> list[dict[str, Any]]:
             text = part if isinstance(part, str) else part.get("text")
             if not isinstance(text, str):
                 raise ZooError(f"{where}: the text of a part is {_shown(text)}.")
-            parts += [{"type": "text", "text": text}] if shows else split_marks(text)
+            parts += [{"type": "text", "text": text}] if shows else split_marks(text, film)
         elif kind in IMAGE_PARTS:
             source = next((part[k] for k in ("image", "image_url", "path", "url") if part.get(k)), None)
             source = source.get("url") if isinstance(source, Mapping) and "url" in source else source
@@ -259,7 +268,9 @@ def _parts(content: Any, where: str) -> list[dict[str, Any]]:
     return parts
 
 
-def _question(record: Mapping[str, Any], fields: RecordFields, where: str) -> tuple[list[dict[str, Any]], list[str]]:
+def _question(
+    record: Mapping[str, Any], fields: RecordFields, where: str, film: bool
+) -> tuple[list[dict[str, Any]], list[str]]:
     """Make the two turns of a question and its answer; a list of answers keeps them all and trains on the commonest."""
     columns = {
         name: _text(record, fields.question_field if name == "question" else name, where)
@@ -276,7 +287,7 @@ def _question(record: Mapping[str, Any], fields: RecordFields, where: str) -> tu
         raise ZooError(f"{where}: {fields.answer_field!r} is empty, so there is nothing to learn or to compare with.")
     question = fields.prompt.format(**columns)
     return [
-        {"role": "user", "content": split_marks(question)},
+        {"role": "user", "content": split_marks(question, film)},
         {"role": "assistant", "content": [{"type": "text", "text": answer}]},
     ], answers
 
