@@ -3,6 +3,7 @@
 import json
 from contextlib import nullcontext
 
+import numpy as np
 import pytest
 import torch
 
@@ -10,7 +11,7 @@ from tests.conftest import ANSWERS, QUESTIONS, picture, talk
 from zoo.evaluation import predict
 from zoo.evaluation.evaluate import _on_default_data, _to_score, evaluate, main, prompt_of
 from zoo.evaluation.predict import Question, answer
-from zoo.registry import Dataset, Dialog, Sample, Score, ZooError, build
+from zoo.registry import Dataset, Dialog, RecordError, Sample, Score, ZooError, build
 from zoo.runs.data import RunData
 from zoo.runs.scored import samples_of
 from zoo.settings.config import compose, typed_of
@@ -62,6 +63,30 @@ def test_any_batch_size_gives_the_same(model):
     for other in results[1:]:
         assert other.predictions == results[0].predictions
         assert other.lines == results[0].lines
+
+
+def test_what_a_checkpoint_states_for_other_uses_does_not_end_an_evaluation(model):
+    expected = evaluate(*model, {"talks": Talks(6)}, batch_size=4, baselines=False).predictions
+    draws = {"do_sample": True, "num_return_sequences": 2}
+    for stated in ({"return_dict_in_generate": True}, draws, {"cache_implementation": "dynamic"}):
+        for name, value in stated.items():
+            setattr(model[0].generation_config, name, value)
+        assert evaluate(*model, {"talks": Talks(6)}, batch_size=4, baselines=False).predictions == expected
+        for name in stated:
+            setattr(model[0].generation_config, name, None)
+
+
+def test_a_question_without_options_is_named(model):
+    class Some(Choices):
+        def get(self, index, epoch=0):
+            one = super().get(index)
+            one.dialogs[0].choices = [] if index == 2 else one.dialogs[0].choices
+            return one
+
+    with pytest.raises(RecordError, match=r"eval-2.*no options to choose from"):
+        evaluate(*model, {"some": Some(4)}, batch_size=16, baselines=False)
+    result = evaluate(*model, {"some": Some(4)}, batch_size=16, baselines=False, skip_broken=True, max_broken=1.0)
+    assert [line["id"] for line in result.skipped] == ["eval-2"]
 
 
 def test_predictions_are_what_the_model_says_alone(model):
@@ -208,6 +233,24 @@ def test_processes_share_the_samples(model, one_after_the_other):
         alone = evaluate(*model, {"talks": data}, **options)
         assert both.predictions == alone.predictions and both.lines == alone.lines
         assert sorted(s["id"] for s in both.skipped) == sorted(s["id"] for s in alone.skipped)
+
+
+def test_numbers_of_numpy_beside_answers_are_written(model, one_after_the_other, monkeypatch, tmp_path):
+    class Own(Talks):
+        def get(self, index, epoch=0):
+            one = super().get(index)
+            for dialog in one.dialogs:
+                dialog.meta = {"at": np.int64(index), "box": np.arange(2, dtype=np.float32)}
+            return one
+
+    half = Score(np.float32(0.5), np.int64(2), np.float32(0.0))
+    monkeypatch.setattr("zoo.tasks.exact.Exact.summarise", lambda task, rows: {"accuracy": half})
+    one_after_the_other(model, Own(4), 1)
+    for result in (one_after_the_other(model, Own(4), 0), evaluate(*model, {"talks": Own(4)}, batch_size=4)):
+        result.save(tmp_path)
+        rows = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
+        assert rows[-1]["meta"] == {"at": 3, "box": [0.0, 1.0]}
+        assert json.loads((tmp_path / "scores.json").read_text())[0]["score"]["value"] == 0.5
 
 
 def test_a_share_that_was_cut_off_is_refused(model, one_after_the_other, tmp_path):

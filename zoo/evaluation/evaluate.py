@@ -20,7 +20,7 @@ from zoo.evaluation.predict import Question, answer
 from zoo.evaluation.result import EvalResult, Line
 from zoo.evaluation.score_table import score_table
 from zoo.evaluation.shares import Row, everywhere, join
-from zoo.registry import Dialog, RecordError, Sample, ZooError, build, naming, read_sample, whole
+from zoo.registry import Dialog, RecordError, Sample, Score, ZooError, build, naming, read_sample, whole
 from zoo.runs.data import RunData
 from zoo.runs.folder import new_folder
 from zoo.runs.left_out import Sieve
@@ -304,7 +304,7 @@ def _by_key(rows: list[Row]) -> dict[Key, list[Row]]:
 
 def _lines(rows: list[Row], tasks: Tasks, scores: str) -> list[Line]:
     return [
-        Line(data, kind, task, metric, held_out, score)
+        Line(data, kind, task, metric, held_out, Score(float(score.value), int(score.n), float(score.stderr)))
         for (data, kind, task, held_out), some in _by_key(rows).items()
         for metric, score in tasks[task].summarise([_with_state(r, scores) for r in some]).items()
     ]
@@ -337,7 +337,7 @@ def commonest_of(datasets: Mapping[str, Any], note: Callable[[str], None] | None
             if note is not None:
                 note(f"No majority for data {data!r}, whose training split cannot be opened: {error}")
             continue
-        if train is None or train.is_stream:
+        if train is None or (train := whole("dataset", train, data)).is_stream:
             continue
         # At equal distances, since data sets are often sorted by kind.
         count = min(TRAIN_SAMPLES, len(train))

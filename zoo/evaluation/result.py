@@ -42,6 +42,11 @@ def names_of(figures: Sequence[tuple[str, str, str, str]]) -> list[str]:
     return [f"{data}/{kind}/{metric}" for (data, kind, *_), metric in named]
 
 
+def plain(value: Any) -> Any:
+    """Return what JSON holds of a value that it does not take: numbers of numpy and torch, or the text of others."""
+    return value.tolist() if hasattr(value, "tolist") else str(value)
+
+
 @dataclass
 class EvalResult:
     """Scores, and the predictions that they are computed from."""
@@ -71,4 +76,4 @@ class EvalResult:
         options: dict[str, Any] = {"mode": "w", "encoding": "utf-8", "errors": "backslashreplace"}
         with written_beside(folder / "predictions.jsonl") as beside, beside.open(**options) as file:
             for row in self.predictions:
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                file.write(json.dumps(row, ensure_ascii=False, default=plain) + "\n")

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from zoo.evaluation.result import plain
 from zoo.registry import ZooError
 from zoo.runs.left_out import Sieve
 from zoo.runs.processes import broadcast, by_first
@@ -56,7 +57,7 @@ def write_share(file: Path, groups: Iterable[tuple[str, Iterable[Row]]], sieve: 
     with writing("answers"), file.open("w", encoding="ascii") as out:
         for name, rows in groups:
             for row in rows:
-                out.write(json.dumps([name, row]) + "\n")
+                out.write(json.dumps([name, row], default=plain) + "\n")
         out.write(json.dumps(["left out", {"seen": sieve.seen, "broken": list(sieve.broken.items())}]) + "\n")
 
 
