@@ -36,6 +36,22 @@ def test_what_a_stage_asks_of_the_encoder_ends_with_it(make_model):
     assert model.requested == before
 
 
+def test_what_has_no_weights_is_in_training_and_what_is_frozen_is_not(make_model):
+    """A pruner that draws anew in training has to learn of it; an adapter beside one that trains is in evaluation."""
+    random = {"random": {"name": "random", "keep_ratio": 0.5, "resample": True}}
+    adapters = {"upcycle": {"name": "upcycle"}, "mole": {"name": "mole", "rank": 2}}
+    model, processor = make_model(pruner=random, adapter=adapters)
+    stage = Stage(steps=1, batch_size=1, train=["adapter.mole"])
+    engine = Engine(start_accelerator("cpu"), model, stage, 1)
+    found = {n: part.training for n, part in [*model.pruner.items(), *model.adapter.items(), *model.named_children()]}
+    assert {n for n, on in found.items() if on} >= {"random", "mole"}
+    assert not any(found[n] for n in ("upcycle", "vision", "projector", "llm"))
+    batch = processor.collate([processor.encode(sample(("what", "red")))])
+    draws = [model(**batch).image_kept.keep for _ in range(8)]
+    assert any(not torch.equal(keep, draws[0]) for keep in draws)
+    engine.release()
+
+
 def test_a_teacher_is_held_for_its_stage_alone(make_model):
     """The next one may be loaded before the accelerator forgets the step that ran with it."""
     student, _ = make_model(seed=1)

@@ -364,10 +364,15 @@ def count_images(batch: Mapping[str, Any]) -> int:
 
 
 def _set_mode(model: Any, stage: Stage) -> None:
-    """Set train mode in parts that train and eval mode in frozen ones; set checkpointing and compilation."""
+    """Set train mode in parts that train and eval mode in frozen ones; set checkpointing and compilation.
+
+    Parts without weights are in train mode: a pruner may draw anew there.
+    """
     model.train()
-    for part in model.children():
-        if not any(p.requires_grad for p in part.parameters()):
+    parts = [part for name, part in model.named_children() if name not in ("pruner", "adapter")]
+    for part in [*parts, *model.pruner.values(), *model.adapter.values()]:
+        trains = [p.requires_grad for p in part.parameters()]
+        if trains and not any(trains):
             part.eval()  # no dropout, and running statistics stay those of the checkpoint
     if stage.gradient_checkpointing:
         model.activation_checkpointing_enable()
