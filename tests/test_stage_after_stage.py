@@ -52,6 +52,26 @@ def test_what_has_no_weights_is_in_training_and_what_is_frozen_is_not(make_model
     engine.release()
 
 
+def test_a_pass_without_images_has_no_loss_of_images(make_model):
+    """It ended the run, where the answer loss has weight 0, once all samples of a pass were texts."""
+    from zoo.composed.assembly import build_distiller
+
+    model, processor = make_model(vision=TINY)
+    node = {"name": "dense", "classes": [2]}
+    stage = Stage(steps=1, batch_size=2, accumulate=2, train=["vision"], loss_weights={"answer": 0.0}, distiller=node)
+    distiller = build_distiller(model, node)
+    engine = Engine(start_accelerator("cpu"), model, stage, 1, distiller=distiller, precision="fp32")
+    shown, text = sample(("what", "red")), sample(("what", "red"), images=0)
+    shown.targets = {"patch_labels": torch.zeros(1, model.vision.num_tokens, 1, dtype=torch.long).numpy()}
+    with torch.no_grad():
+        labels = {"targets": {"patch_labels": torch.from_numpy(shown.targets["patch_labels"])}}
+        images = processor.collate([processor.encode_images(shown)])["pixel_values"]
+        wanted = distiller(model(pixel_values=images, run_llm=False), None, labels)["dense"] / 2
+    losses, _ = engine.run(0, 0, [processor.collate([processor.encode_images(s)]) for s in (shown, text)], False)
+    assert losses.keys() == {"dense"} and losses["dense"].item() == pytest.approx(wanted.item())
+    assert engine.run(0, 1, [processor.collate([processor.encode_images(text)])] * 2, False)[0] == {}
+
+
 def test_a_teacher_is_held_for_its_stage_alone(make_model):
     """The next one may be loaded before the accelerator forgets the step that ran with it."""
     student, _ = make_model(seed=1)

@@ -35,6 +35,8 @@ from zoo.training.short_weights import ShortWeights, release
 from zoo.training.unused import require_gradients, why_unused
 from zoo.vision.images.processors import FEATURES
 
+NOTHING = "nothing"  # name of the loss of a pass that has none; not logged
+
 
 @dataclass
 class Counts:
@@ -92,7 +94,15 @@ class TrainStep(nn.Module):
                 numbers["vocab_size"] = self.teacher.vocab_size
             given = self.distiller(DistillView(out, self.model.llm), seen, {**own, **numbers})
             losses |= _as_losses(given, losses)
+            if not losses and not count_images(batch):  # a text alone, where all losses are of images
+                losses = self._nothing(out)
         return losses
+
+    def _nothing(self, out: Any) -> dict[str, Tensor]:
+        """Return a loss of 0 that reaches all that trains, for which other processes may wait."""
+        reached = [p for p in self.parameters() if p.requires_grad and not hasattr(p, "full_tensor")]
+        reached += [] if out.last_hidden_state is None else [out.last_hidden_state]
+        return {NOTHING: torch.stack([x.sum(dtype=torch.float32) for x in reached]).sum() * 0.0} if reached else {}
 
     @property
     def weights(self) -> dict[str, float]:
@@ -245,6 +255,7 @@ class Engine:
                     total.backward()
             if self.unused is None and last and not self.sharded and self.zero is None and world > 1:
                 require_gradients(self.unwrapped)
+            losses.pop(NOTHING, None)
             for name, value in losses.items():
                 sums[name] = sums[name] + value.detach() if name in sums else value.detach()
         if self.stage.clip and self.tensor > 1:
