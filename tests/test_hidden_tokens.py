@@ -84,5 +84,7 @@ def test_is_refused_where_a_pruner_would_choose_among_hidden_tokens(tmp_path):
     words = recipe(tmp_path, {"all": STAGE})
     with pytest.raises(ZooError, match="'fastv' would choose among them"):
         check(plan_from(config(words, "pruner=fastv", "llm.num_layers=4")))
+    with pytest.raises(ZooError, match="pruner 'evs' leaves a number of its own of each image"):
+        check(plan_from(config(words, "pruner=evs")))
     with pytest.raises(ZooError, match="this model has none"):
         check(plan_from(config(words, "projector=null", "adapter=vlora", "adapter.vlora.skip=1")))

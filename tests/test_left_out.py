@@ -82,13 +82,19 @@ def pruners():
     return {name: {name: {"name": name}} for name in ("behind", "ahead", "budget")}
 
 
-def expected(model, bare, batch, positions="kept"):
-    """Logits of each row at the columns that stay, from the prompt of `bare` with the others hidden (or not there)."""
-    out = pruned(model, batch)
+def expected(model, bare, batch, positions="kept", mask=None):
+    """Logits of each row at the columns that stay, from the prompt of `bare` with the others hidden (or not there).
+
+    Args:
+        mask: of the pass, where it hides image tokens that `behind` leaves.
+    """
+    out = pruned(model, batch if mask is None else {**batch, "attention_mask": mask})
     shown = model.encode_images(batch["pixel_values"])
     n = bare.num_image_tokens
     if any(pruner.behind for pruner in model.pruner.values()):
         alive, tokens = shown.valid, shown.tokens
+        if mask is not None:
+            alive = alive & mask[model._placeholders(batch["input_ids"])].view_as(alive).bool()
     else:  # put into their places
         places, valid = shown.kept.keep, shown.valid
         alive = torch.zeros(len(places), n, dtype=torch.bool).scatter(1, places, valid)
@@ -132,6 +138,20 @@ def test_left_out_is_hidden(make_model, pruners, name, side, positions):
     stay = real & out.sequence.image_mask
     assert int(stay.sum()) == len(out.image_tokens)  # and in this order
     torch.testing.assert_close(out.image_tokens, out.image_tokens[out.sequence.image_index()[stay]])
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_mask_may_hide_image_tokens_beside(make_model, pruners, side):
+    """Of tokens that a pruner leaves, too: their columns went, and the tokens stayed, one too many for the rest."""
+    model, processor = made(make_model, pruners["behind"])
+    bare, _ = made(make_model, None)
+    batch = batch_of(processor, side)
+    slots = model._placeholders(batch["input_ids"])
+    mask = batch["attention_mask"].masked_fill(slots & (slots.cumsum(1) % 3 == 1), 0)
+    out, rows = expected(model, bare, batch, mask=mask)
+    assert 0 < len(out.image_tokens) < len(pruned(model, batch).image_tokens)
+    for logits, valid, row in zip(out.logits, out.sequence.attention_mask.bool(), rows, strict=True):
+        torch.testing.assert_close(logits[valid], row, atol=2e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["behind", "ahead"])

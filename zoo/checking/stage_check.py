@@ -169,6 +169,11 @@ def _check_hidden(stage: Any, model: Any) -> None:
         raise ZooError("keep_range hides image tokens of the LLM's sequence, and this model has none: leave it out.")
     if inside := next(iter(model.inside_pruners), ""):
         raise ZooError(f"keep_range hides image tokens, and pruner {inside!r} would choose among them: leave one out.")
+    if ragged := next((n for n, p in model.pruner.items() if p.ragged or p.behind), ""):
+        raise ZooError(
+            f"keep_range hides image tokens, and pruner {ragged!r} leaves a number of its own of each image, so that "
+            "all of them could be hidden: leave one out."
+        )
 
 
 def _drops_inside(model: Any) -> str:

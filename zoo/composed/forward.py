@@ -199,6 +199,8 @@ class ForwardMixin(ImagesMixin):
             columns=columns if held is None else held.then(past - held.index.shape[1], columns),
             length=length,
         )
+        if mask is not None and mask.dim() == 2:  # a column that it hides is gone too, and its token with it
+            alive = alive & mask[:, -length:][slots].bool()
         left = images.tokens.reshape(-1, images.tokens.shape[-1])[alive]
         return given, images._replace(tokens=left, valid=None, deep=tuple(x[alive] for x in images.deep))
 
