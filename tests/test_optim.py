@@ -77,6 +77,15 @@ def test_tables_of_tokens_do_not_decay_whatever_they_are_called():
     assert where["a.weight"][1]["weight_decay"] == 0.1 and where["wte.weight"][1]["weight_decay"] == 0.0
 
 
+def test_biases_of_stacked_experts_and_learnt_tokens_do_not_decay():
+    net = nn.Module()
+    shapes = {"bias": (4, 8), "down_proj_bias": (4, 8), "cls_token": (1, 1, 8), "down_proj": (4, 8, 8)}
+    for name, shape in shapes.items():
+        net.register_parameter(name, nn.Parameter(torch.ones(shape)))
+    found = {n: group["weight_decay"] for n, (_, group) in places(net, Stage(steps=1, weight_decay=0.1)).items()}
+    assert found == {"bias": 0.0, "down_proj_bias": 0.0, "cls_token": 0.0, "down_proj": 0.1}
+
+
 @pytest.mark.parametrize("rank", [8, 48])
 def test_factors_of_lora_are_not_for_muon_whatever_their_rank(rank):
     from peft import LoraConfig, inject_adapter_in_model

@@ -131,8 +131,7 @@ def build_optimizers(
         if name in matrices:
             muon[scales[name]].append(p)
         else:
-            # No decay of biases, norms and embeddings: a token that does not occur would shrink without a gradient.
-            adamw[scales[name], p.ndim >= 2 and "embed" not in name and id(p) not in still].append(p)
+            adamw[scales[name], _decays(name, p) and id(p) not in still].append(p)
     result: list[Optimizer] = []
     if muon:
         groups = [{"params": ps, "lr": stage.matrix_lr * scale} for scale, ps in muon.items()]
@@ -148,6 +147,15 @@ def build_optimizers(
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]  # `set_rate` multiplies this one
     return result
+
+
+def _decays(name: str, parameter: Tensor) -> bool:
+    """Whether weight decay is for a parameter, by its name and shape.
+
+    Not for biases, norms and embeddings: a token that does not occur would shrink without a gradient. Biases of stacked
+    experts have two dimensions, and [CLS] three.
+    """
+    return parameter.ndim >= 2 and "embed" not in name and not name.endswith(("bias", "_token"))
 
 
 def matrices_in(modules: dict[str, nn.Module]) -> set[str]:
