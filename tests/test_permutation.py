@@ -66,3 +66,9 @@ def test_a_mix_of_computed_orders_has_each_sample_once_an_epoch(monkeypatch):
     assert whole[130:140] == Mix(made, {"a": 1, "b": 2}, 5).places(130, 140)
     of_b = [(epoch, i) for member, epoch, i in whole if member == 1]
     assert sorted(of_b[:30]) == [(0, i) for i in range(30)]
+
+
+def test_a_small_share_of_an_epoch_is_a_sample():
+    """It was none: a stage without a step, which ended the run."""
+    mix = Mix({"a": type("Set", (), {"is_stream": False, "__len__": lambda _: 16})()}, {}, 0)
+    assert [mix.samples_in(epochs) for epochs in (0.001, 0.5, 2.25)] == [1, 8, 36]

@@ -59,11 +59,11 @@ class Mix:
         self._orders: dict[tuple[int, int], np.ndarray | Permutation] = {}
 
     def samples_in(self, epochs: float) -> int:
-        """Return the number of positions of `epochs` epochs; one epoch is the total length of the data sets."""
+        """Return the number of positions of `epochs` epochs, 1 at least; one epoch is all samples of the data sets."""
         if None in self.lengths:
             name = self.names[self.lengths.index(None)]
             raise ZooError(f"data {name!r} is a stream without a length: give the stage steps, not epochs.")
-        return round(epochs * sum(n for n in self.lengths if n is not None))
+        return max(1, round(epochs * sum(n for n in self.lengths if n is not None)))
 
     def require_lengths(self, stage: Any) -> None:
         """Refuse a stage that asks for the lengths of streams.
