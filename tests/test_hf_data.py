@@ -183,6 +183,12 @@ def test_a_part_of_the_train_split_is_for_training_beside_one_for_evaluation(pla
     assert {n: len(d) for n, d in run.evaluation.items()} == {"hf": 5}
     with pytest.raises(ZooError, match=r"name it: stages.<stage>.data=\{hf: 1\}"):
         RunData({"hf": node}).mix(Stage(steps=1), 0)
+    assert len(run.mix(Stage(steps=1), 0).places(0, 15)) == 15
+    for split, other in ("train", "train[75%:]"), ("train[:80%]", "train[75%:]"), ("train[:16]", "train[15:18]"):
+        both = RunData({"hf": {**node, "split": split, "eval_split": other}})
+        with pytest.raises(ZooError, match=r"data.hf: eval_split=.* would be trained on, as a part of split="):
+            both.mix(Stage(steps=1), 0)
+    RunData({"hf": {**node, "split": "train[:15]", "eval_split": "train[15:]"}}).mix(Stage(steps=1), 0)
 
 
 @pytest.mark.parametrize(

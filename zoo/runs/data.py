@@ -5,6 +5,7 @@ from functools import cached_property
 from itertools import islice
 from typing import Any
 
+from zoo.data.splits import require_apart
 from zoo.registry import RecordError, Sample, ZooError, build, placed, read_sample, source_options
 from zoo.runs.dealing import require_even
 from zoo.runs.order import Mix
@@ -27,7 +28,7 @@ class RunData:
     """
 
     def __init__(self, nodes: Mapping[str, Any], skip_broken: bool = False) -> None:
-        self.skip_broken = skip_broken
+        self.skip_broken, self.nodes = skip_broken, nodes
         self.all = {str(name): build("dataset", self._lenient(node)) for name, node in nodes.items()}
         self.training = {n: d for n, d in self.all.items() if split_of(nodes[n]) == "train"}
         self._mixes: dict[tuple, Mix] = {}
@@ -50,7 +51,8 @@ class RunData:
         """Return the order of a stage's samples.
 
         Raises:
-            ZooError: there is no data to train on, or the stage names data that the run does not have.
+            ZooError: there is no data to train on, a part of its data is for evaluation, or the stage names data that
+                the run does not have.
         """
         datasets = self.all if stage.data else self.training
         if not datasets:
@@ -59,7 +61,11 @@ class RunData:
             raise ZooError(
                 f"There is no data to train on: data holds {given}. Choose data of the train split, data=[...]{other}."
             )
-        return Mix(datasets, stage.data, seed)
+        mix = Mix(datasets, stage.data, seed)
+        for name in mix.names:
+            split, other = (str(self.nodes[name].get(option) or "") for option in ("split", "eval_split"))
+            require_apart(name, split or "train", other)
+        return mix
 
     def require_order(self, name: str, stage: Stage, world: int = 1) -> None:
         """Refuse a stage whose samples have no order, before those ahead of it are trained.
