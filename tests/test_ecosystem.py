@@ -55,6 +55,25 @@ def test_lmms_eval_gets_the_models_answers(lmms_eval, folder):
     assert adapter.generate_until(requests) == expected
 
 
+def test_lmms_eval_opens_what_is_shown_when_it_is_asked_about(lmms_eval, folder, monkeypatch):
+    adapter = lmms_eval.ZooLmms(model=f"dir:{folder}")
+    requests, adapter.task_dict = asked(["a", "b", "c"], "film.MP4")
+    opened, seen = [], []
+    for request in requests:
+        inner = request.args[2]
+        request.args = (*request.args[:2], lambda doc, inner=inner: opened.append(doc) or inner(doc), *request.args[3:])
+
+    def answers(model, processor, questions, batch_size):
+        for question in questions:
+            seen.append(len(opened))
+            assert question.sample.images[0].path == "film.MP4"
+            assert [p["type"] for p in question.dialog.messages[0]["content"]] == ["video", "text"]
+            yield question, question.sample.id
+
+    monkeypatch.setattr(lmms_eval, "answer", answers)
+    assert adapter.generate_until(requests) == ["0", "1", "2"] and seen == [1, 2, 3]
+
+
 @pytest.mark.parametrize(
     ("pruner", "words"),
     [

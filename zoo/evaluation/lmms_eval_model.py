@@ -1,6 +1,7 @@
 """Models of the zoo in lmms-eval: images and a question in, free text or a likelihood out."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import PurePath
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from zoo.evaluation.harness_options import pruner_words
 from zoo.evaluation.predict import Question, answer
 from zoo.loading.build import load
 from zoo.registry import IGNORE_INDEX, Dialog, Sample, ZooError
+from zoo.vision.images.video import VIDEOS, Video, as_video
 
 
 class ZooLmms(lmms):
@@ -55,19 +57,20 @@ class ZooLmms(lmms):
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
         """Answer by greedy decoding; answers end before the strings of `until`."""
-        questions, stops = [], []
-        for number, request in enumerate(requests):
-            context, options, doc_to_visual, doc_id, task, split = request.args
-            shown = _shown(doc_to_visual, self.task_dict[task][split][doc_id])
-            most = int(options.get("max_new_tokens") or self.max_new_tokens)
-            dialog = _dialog(context, shown)
-            questions.append(Question(Sample(str(number), shown, [dialog]), dialog, "generate", most))
-            stops.append(_stops(options))
+        stops = [_stops(request.args[1]) for request in requests]
+        questions = map(self._question, requests, map(str, range(len(requests))))  # images of a window at a time
         texts = []
         found = answer(self.model, self.processor, questions, batch_size=self.batch_size)
-        for (_, text), stop in zip(tqdm(found, total=len(questions), desc="zoo"), stops, strict=True):
+        for (_, text), stop in zip(tqdm(found, total=len(requests), desc="zoo"), stops, strict=True):
             texts.append(_until(text, stop))
         return texts
+
+    def _question(self, request: Any, name: str) -> Question:
+        context, options, doc_to_visual, doc_id, task, split = request.args
+        shown = _shown(doc_to_visual, self.task_dict[task][split][doc_id])
+        most = int(options.get("max_new_tokens") or self.max_new_tokens)
+        dialog = _dialog(context, shown)
+        return Question(Sample(name, shown, [dialog]), dialog, "generate", most)
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
         """Return the mean negative log-likelihood of each answer's tokens, and whether greedy decoding gives it."""
@@ -100,12 +103,15 @@ class ZooLmms(lmms):
 
 def _shown(doc_to_visual: Any, doc: Any) -> list[Any]:
     found = doc_to_visual(doc) if callable(doc_to_visual) else doc_to_visual
-    return [] if found is None else list(found) if isinstance(found, Iterable) else [found]
+    several = isinstance(found, Iterable) and not isinstance(found, str)
+    shown = [] if found is None else list(found) if several else [found]
+    return [as_video(s) if isinstance(s, str) and PurePath(s).suffix.lower() in VIDEOS else s for s in shown]
 
 
 def _dialog(context: str, shown: Sequence[Any], target: str | None = None) -> Dialog:
     # Tasks mark images in the text in different ways, or not at all: images come first.
-    content = [*[{"type": "image"}] * len(shown), {"type": "text", "text": context.replace("<image>", "").strip()}]
+    kinds = [{"type": "video" if isinstance(s, Video) else "image"} for s in shown]
+    content = [*kinds, {"type": "text", "text": context.replace("<image>", "").strip()}]
     messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
     if target is not None:
         messages.append({"role": "assistant", "content": [{"type": "text", "text": target}]})
