@@ -276,3 +276,19 @@ def test_numbers_of_few_bits_are_written_as_they_are(tmp_path, streaming):
     samples = list(data.stream()) if streaming else [data.get(i) for i in range(3)]
     assert [s.dialogs[0].messages[-1]["content"][0]["text"] for s in samples] == ["0.1", "2.5", "1000000000.0"]
     assert [s.dialogs[0].meta["all"] for s in samples] == [[0.3], [0.7, 1.0], []]
+
+
+def test_lists_of_rows_that_older_libraries_made_mappings_of_lists_are_read(tmp_path):
+    rows = {
+        "conversations": [{"from": ["human", "gpt"], "value": ["q", "a"]}],
+        "question": ["q"],
+        "answers": [{"answer": ["no", "a", "a"], "answer_id": [1, 2, 3]}],
+        "choices": [{"text": ["a", "no"], "label": ["A", "B"]}],
+    }
+    datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "t.parquet")
+    first = load(tmp_path / "t.parquet").get(0).dialogs[0]
+    assert [(m["role"], m["content"][0]["text"]) for m in first.messages] == [("user", "q"), ("assistant", "a")]
+    options = {"format": "columns", "answer_field": "answers", "choices_field": "choices"}
+    dialog = load(tmp_path / "t.parquet", **options).get(0).dialogs[0]
+    assert dialog.answers == ["no", "a", "a"] and dialog.choices == ["a", "no"]
+    assert dialog.messages[-1]["content"][0]["text"] == "a"

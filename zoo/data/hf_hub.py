@@ -96,7 +96,10 @@ class HubData(InTwoForms):
 
     def _opened(self) -> Any:
         rows = open_rows(self.config)
-        return rows.take(self.config.limit) if self.config.limit else rows
+        limit = self.config.limit
+        if limit and not self.config.streaming:
+            limit = min(limit, len(rows))  # more raise in older versions of the library
+        return rows.take(limit) if limit else rows
 
     def _require_seen(self) -> None:
         """Refuse images in a column that is not read, as the types of the columns or the first row show them."""

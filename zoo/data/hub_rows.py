@@ -321,9 +321,10 @@ def rounded(value: Any) -> Any:
 
 
 def image_columns(rows: Any) -> list[str]:
-    """Name the columns that hold images, or lists of them; none where the types of columns are not known."""
-    features, image = getattr(rows, "features", None) or {}, _library().Image
-    return [name for name, f in features.items() if isinstance(f, image) or isinstance(getattr(f, "feature", f), image)]
+    """Name the columns that hold images or bytes, or lists of them; none where the types of columns are not known."""
+    inner = {name: getattr(f, "feature", f) for name, f in (getattr(rows, "features", None) or {}).items()}
+    binary, image = ("binary", "large_binary"), _library().Image
+    return [name for name, f in inner.items() if isinstance(f, image) or getattr(f, "dtype", None) in binary]
 
 
 def with_names(row: dict[str, Any], classes: dict[str, list[str]]) -> dict[str, Any]:

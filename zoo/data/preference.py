@@ -15,7 +15,7 @@ from typing import Any
 from zoo.data.hub_rows import open_rows, row_image
 from zoo.data.image_store import ImageStore, open_store
 from zoo.data.record_file import RecordFile
-from zoo.data.records import ROLES, RecordFields, images_of, place_images, read_turns, record_id, stated
+from zoo.data.records import ROLES, RecordFields, as_rows, images_of, place_images, read_turns, record_id, stated
 from zoo.data.unread_images import require_seen
 from zoo.registry import MISSING, Dataset, Dialog, Sample, ZooError, register, unknown
 
@@ -131,4 +131,5 @@ def _as_turns(value: Any, speaker: str) -> list[Any]:
     """A text or one turn as a list of turns."""
     if isinstance(value, str):
         return [{"role": speaker, "content": value}]
+    value = as_rows(value)
     return [value] if isinstance(value, Mapping) else list(value)

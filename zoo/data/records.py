@@ -212,6 +212,7 @@ def images_of(record: Mapping[str, Any], fields: RecordFields, where: str) -> li
 
 def read_turns(turns: Any, images: list[Any], where: str) -> tuple[list[dict[str, Any]], list[Any]]:
     """Read LLaVA or chat turns, mixed as they come; parts with an image of their own put it among the images."""
+    turns = as_rows(turns)
     if not isinstance(turns, Sequence) or isinstance(turns, str) or not turns:
         raise ZooError(f"{where}: a list of turns is needed, got {type(turns).__name__} {str(turns)[:40]!r}.")
     queue, film = list(images), shows_video(images)
@@ -234,6 +235,14 @@ def read_turns(turns: Any, images: list[Any], where: str) -> tuple[list[dict[str
             raise ZooError(f"{at}: an assistant turn cannot have {MARK}; images belong to the user's turns.")
         messages.append({"role": ROLES[speaker], "content": parts})
     return messages, queue
+
+
+def as_rows(value: Any) -> Any:
+    """Return the list of mappings that a mapping of equally long lists is, as tables of older libraries hold one."""
+    columns = list(value.values()) if isinstance(value, Mapping) else []
+    if columns and all(isinstance(c, (list, tuple)) and len(c) == len(columns[0]) for c in columns):
+        return [dict(zip(value, row, strict=True)) for row in zip(*columns, strict=True)]
+    return value
 
 
 def stated(turn: Mapping[str, Any], *names: str) -> Any:
@@ -276,7 +285,7 @@ def _question(
         name: _text(record, fields.question_field if name == "question" else name, where)
         for name in _columns_of(fields.prompt)
     }
-    answer = _column(record, fields.answer_field, where)
+    answer = as_rows(_column(record, fields.answer_field, where))
     answers = []
     if isinstance(answer, (list, tuple)):
         given = [a["answer"] if isinstance(a, Mapping) and "answer" in a else a for a in answer]
@@ -310,9 +319,11 @@ def _text(record: Mapping[str, Any], name: str, where: str) -> str:
 
 
 def _choices(value: Any, where: str) -> list[str]:
+    value = as_rows(value)
     if value is not None and not isinstance(value, (list, tuple)):
         raise ZooError(f"{where}: a list of options is needed, got {_shown(value)}.")
-    return [_as_text(choice, where) for choice in value or []]
+    texts = [c["text"] if isinstance(c, Mapping) and "text" in c else c for c in value or []]
+    return [_as_text(text, where) for text in texts]
 
 
 def _as_text(value: Any, where: str) -> str:
