@@ -1,6 +1,7 @@
 """Chat templates, labels and placeholders: nothing is masked in silence."""
 
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -228,3 +229,30 @@ def test_tokens_that_are_kept_do_not_fill_the_memory(monkeypatch):
         for held in (processor._chat_now()[3], processor._chat._segments):
             assert 0 < held.tokens <= 400
         fresh._made = None
+
+
+def test_dialogs_that_cannot_share_their_images_are_refused_with_what_helps(processor_of_captions):
+    """Behind an image at once, a second caption would be predicted from the end of the first one."""
+    captions = sample(("", "red"), ("", "blue"))
+    with pytest.raises(ZooError, match=r"nothing between an image and an answer.* Set pack=none"):
+        processor_of_captions.encode(captions)
+    for one in captions.dialogs:
+        row = processor_of_captions.encode(replace(captions, dialogs=[one]))
+        assert row.labels[3] == IGNORE_INDEX and (row.labels[4:] == row.input_ids[4:]).all()
+    asked = sample(("what is it?", "red"), ("what else?", "blue"))
+    for dialog in asked.dialogs:
+        dialog.messages[0]["content"].reverse()  # the question ahead of the image
+    with pytest.raises(ZooError, match=r"do not begin alike.* Set pack=none"):
+        processor_with("chatml").encode(asked)
+
+
+@pytest.fixture
+def processor_of_captions() -> ZooProcessor:
+    """Its template writes images by itself, and nothing around them."""
+    tokenizer = train_tokenizer(TEXTS, 400, "chatml")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m['content'] is string %}{{ m['content'] }}{% else %}"
+        "{% for part in m['content'] %}{% if part['type'] == 'image' %}<image>{% else %}{{ part['text'] }}{% endif %}{% endfor %}"
+        "{% endif %}{% if m['role'] == 'assistant' %}<|im_end|>{% endif %}{% endfor %}"
+    )
+    return ZooProcessor(tokenizer, TRANSFORM, num_image_tokens=4)

@@ -122,7 +122,16 @@ def share_prefix(dialogs: Sequence[TokenizedDialog], sample_id: str) -> dict[str
     """
     prefix = dialogs[0].prefix
     if any(d.head != dialogs[0].head for d in dialogs):
-        raise ZooError(f"The dialogs of sample {sample_id!r} do not begin alike, so they cannot share their images.")
+        raise ZooError(
+            f"The dialogs of sample {sample_id!r} do not begin alike, so they cannot share their images. Set pack=none "
+            "in the stage, where each has a row of its own, or show the images ahead of the questions."
+        )
+    firsts = [(d.labels if d.pairs is None else d.pairs)[prefix : prefix + 1] for d in dialogs[1:]]
+    if prefix and any((first >= 0).any() for first in firsts):  # the end of the dialog before would predict it
+        raise ZooError(
+            f"Sample {sample_id!r}: the template writes nothing between an image and an answer, so that several "
+            "answers cannot follow one image in a row. Set pack=none in the stage."
+        )
     # Labels inside the prefix: those of a plain dialog, since a preference masks all but its last turn.
     learnt = next((d for d in dialogs if d.pairs is None), dialogs[0])
     lengths = np.array([prefix] + [len(d.input_ids) - prefix for d in dialogs])
