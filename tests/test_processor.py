@@ -252,7 +252,7 @@ def processor_of_captions() -> ZooProcessor:
     tokenizer = train_tokenizer(TEXTS, 400, "chatml")
     tokenizer.chat_template = (
         "{% for m in messages %}{% if m['content'] is string %}{{ m['content'] }}{% else %}"
-        "{% for part in m['content'] %}{% if part['type'] == 'image' %}<image>{% else %}{{ part['text'] }}{% endif %}{% endfor %}"
-        "{% endif %}{% if m['role'] == 'assistant' %}<|im_end|>{% endif %}{% endfor %}"
+        "{% for part in m['content'] %}{% if part['type'] == 'image' %}<image>{% else %}{{ part['text'] }}{% endif %}"
+        "{% endfor %}{% endif %}{% if m['role'] == 'assistant' %}<|im_end|>{% endif %}{% endfor %}"
     )
     return ZooProcessor(tokenizer, TRANSFORM, num_image_tokens=4)
