@@ -205,3 +205,15 @@ def test_what_would_go_wrong_is_refused():
     moe = llm_of("mixtral", router_aux_coef=0.01).train()
     with pytest.raises(ZooError, match="router_aux_coef"):
         dropper(moe).check(sequence(row()[None]))
+
+
+@torch.no_grad()
+def test_dense_places_of_rows_that_are_padded_on_the_right_are_those_of_each_alone():
+    """What two cuts leave of unlike rows: padding behind a row was given places below 0."""
+    llm = llm_of()
+    drop = dropper(llm, {0: 0.5, 1: 0.1})
+    rows = [row("tttttt"), row("it", 12, seed=1), row("tiit", seed=2)]
+    out = forward(llm, drop, *padded(rows, "right"), dense=True).last_hidden_state
+    for found, one in zip(out, rows, strict=True):
+        (alone,) = forward(llm, drop, one[None], torch.ones_like(one)[None], dense=True).last_hidden_state
+        assert torch.allclose(found[: len(alone)], alone, atol=1e-4)

@@ -179,7 +179,8 @@ class TokenSequence:
         if self.packed:  # each sample counts its own, from where it begins
             first = ahead.new_full((len(ahead), int(self.segment.max()) + 1), ahead.shape[1])
             ahead = ahead - first.scatter_reduce(1, self.segment, ahead, "amin").gather(1, self.segment)
-        return self.place - ahead
+        # Padding that an earlier cut left behind a row has places of any size, from which nothing is taken.
+        return torch.where(self.seen, self.place - ahead, self.place)
 
     def _with(self, move: Callable[[Tensor], Tensor], seen: Tensor, whole: bool) -> "TokenSequence":
         moved = {f.name: getattr(self, f.name) for f in fields(self)}
