@@ -179,3 +179,16 @@ def test_dense_places_inside_are_refused(make_model):
     model, processor = made(make_model, "qwen2_vl", fastv, positions="dense")
     with pytest.raises(ZooError, match="whose positions have 3 axes"):
         model(**processor(images=SHOWN, text=TEXTS))
+
+
+@torch.no_grad()
+def test_images_that_are_encoded_ahead_of_their_question_draw_as_in_the_pass(make_model):
+    """The features alone are there until the question is known; what was drawn by pixels is drawn by them still."""
+    asks = {"name": "cdpruner", "keep_ratio": 0.5, "relevance": "embeddings"}
+    pruners = {"random": {"name": "random", "keep_ratio": 0.5}, "cdpruner": asks}
+    model, processor = make_model(**slots("qwen2_vl", pruner=pruners))
+    batch = processor(images=[picture(40, 24, 0), picture(24, 48, 1)], text=["<image> a b", "<image> c"])
+    encoded = model.encode_images(batch["pixel_values"], batch["cuts"])
+    assert encoded.kept is None and encoded.tokens is None
+    given = {name: value for name, value in batch.items() if name != "pixel_values"}
+    assert torch.equal(model(**given, encoded=encoded).image_tokens, model(**batch).image_tokens)

@@ -116,17 +116,17 @@ class ImagesMixin(QuestionMixin):
 
     def _features_of_rows(self, rows: UnlikeRows, pixels: Tensor | None, question: Question | None) -> Encoded:
         """Run pruners, projector and layout on rows of unlike length: `encode_features` for these."""
+        if pixels is not None and any(pruner.draws for pruner in self.pruner.values()):
+            patches = native.row_pixels(pixels, native.grids_of(rows.cuts))
+            rows = native.marked(rows, [checksum_of(row[None]) for row in patches])
         if self.asks and question is None:
             return Encoded(rows)
         ahead, later = self._before_and_behind
-        draws = pixels is not None and any(pruner.draws for pruner in ahead)
-        patches = native.row_pixels(pixels, native.grids_of(rows.cuts)) if draws and pixels is not None else []
 
         def about(group: ImageFeatures, members: Sequence[int]) -> ImageFeatures:
-            asked = None if question is None else question.picked(torch.tensor(members, device=group.tokens.device))
-            known: dict[str, Any] = {"question": asked}
-            known |= {"checksum": checksum_of(torch.stack([patches[i] for i in members]))} if draws else {}
-            return replace(group, **known)
+            if question is None:
+                return group
+            return replace(group, question=question.picked(torch.tensor(members, device=group.tokens.device)))
 
         kept = native.pruned(rows, about, [partial(self._pruned, p) for p in ahead])
         if self.unpruned is not None:

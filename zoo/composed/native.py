@@ -94,6 +94,12 @@ def row_pixels(pixels: Tensor, grids: Sequence[tuple[int, int]]) -> list[Tensor]
     return list(pixels.split([h * w * unit for h, w in grids]))
 
 
+def marked(rows: UnlikeRows, checksums: Sequence[Tensor]) -> UnlikeRows:
+    """Keep the checksum of each row's pixels, (1,), with its features."""
+    marks = [torch.cat([checksums[i] for i in members]) for members in rows.members]
+    return replace(rows, groups=tuple(replace(g, checksum=m) for g, m in zip(rows.groups, marks, strict=True)))
+
+
 def pruned(
     rows: UnlikeRows,
     about: Callable[[ImageFeatures, Sequence[int]], ImageFeatures],
