@@ -71,3 +71,12 @@ def test_cls_of_frames_needs_an_encoder_that_has_one():
 )  # fmt: skip
 def test_numbers_in_words(number, words):
     assert in_words(number) == words
+
+
+def test_cls_refuses_a_projector_of_grids_by_what_it_takes(make_model):
+    """Its own message was hidden by that of the projector, which named a grid that was there."""
+    parts = {"layout": {"name": "frames", "cls": True}, "projector": {"name": "pixel_shuffle"}}
+    model, _ = make_model(**parts)
+    assert model.encode_images(torch.zeros(1, 3, 32, 32), [Cut(1)]).tokens.shape[0] == 4, "images have no [CLS]"
+    with pytest.raises(ZooError, match="one by one: mlp or linear"):
+        model.encode_images(torch.zeros(2, 3, 32, 32), [Cut(2, "frame")])

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zoo.registry import Cut, ImageFeatures, Layout, ZooError, register
+from zoo.registry import Cut, ImageFeatures, Layout, Projector, ZooError, register
 
 
 @dataclass
@@ -52,8 +52,9 @@ class Frames(Layout, nn.Module):
         if not self.cls or all(c.kind != "frame" for c in cuts):
             return tokens.split(sizes)
         assert image.prefix is not None, "asked for in `needs`"
-        first = projector(ImageFeatures(image.prefix[:, :1], None))  # (M, 1, C)
-        if first.shape[1] != 1:
+        on_grid = isinstance(projector, Projector) and "grid" in projector.needs
+        first = None if on_grid else projector(ImageFeatures(image.prefix[:, :1], None))  # (M, 1, C)
+        if first is None or first.shape[1] != 1:
             raise ZooError("layout 'frames' with cls needs a projector that takes tokens one by one: mlp or linear.")
         rows = zip(cuts, first.split(sizes), tokens.split(sizes), strict=True)
         return [torch.cat([cls, some], 1) if cut.kind == "frame" else some for cut, cls, some in rows]
