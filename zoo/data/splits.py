@@ -28,7 +28,7 @@ def require_split(eval_split: str, names: Mapping[str, str], other: str = "") ->
     )
 
 
-PART = re.compile(r"(.+?)(?:\[(\d*)(%?):(\d*)(%?)\])?")  # train, train[:90%], train[100:]
+_PART = re.compile(r"(.+?)(?:\[(\d*)(%?):(\d*)(%?)\])?")  # train, train[:90%], train[100:]
 
 
 def require_apart(name: str, split: str, eval_split: str) -> None:
@@ -42,7 +42,7 @@ def require_apart(name: str, split: str, eval_split: str) -> None:
     Raises:
         ZooError: they overlap.
     """
-    ours, theirs = PART.fullmatch(split), PART.fullmatch(eval_split)
+    ours, theirs = _PART.fullmatch(split), _PART.fullmatch(eval_split)
     if split == eval_split or ours is None or theirs is None or ours[1] != theirs[1]:
         return
     (first, last, unit), (begin, end, other) = _range(ours), _range(theirs)
@@ -56,4 +56,4 @@ def require_apart(name: str, split: str, eval_split: str) -> None:
 
 def _range(part: re.Match[str]) -> tuple[float, float, str]:
     """Return where a part begins and ends, and the unit."""
-    return float(part[2] or 0), float(part[4] or inf), (part[3] or "") + (part[5] or "") and "%"
+    return float(part[2] or 0), float(part[4] or inf), "%" if part[3] or part[5] else ""
